@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LCAM, loss-controlled asymmetric momentum (arXiv 2309.02130): torch's SGD whose momentum is written from outside."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch.optim import SGD
+
+from .validation import check_at_least_zero, check_decay
+
+
+def phase_momentum(group: dict[str, Any], low: bool) -> float:
+    """Momentum of a parameter group in the low (`low=True`) or the high loss phase.
+
+    torch's SGD leaves the buffer alone at momentum 0, so that a later step with momentum would add a stale one. Where
+    the group's other momentum is not 0, the smallest normal float stands for 0: `mu * buf + g` is then `g` exactly.
+    """
+    mu, other = group["low_loss_momentum"], group["high_loss_momentum"]
+    if not low:
+        mu, other = other, mu
+    return sys.float_info.min if mu == 0 and other != 0 else mu
+
+
+class LCAM(SGD):
+    r"""SGD with momentum, where each group's momentum is one of two values chosen by the phase of the training loss.
+
+    `buf <- mu_t buf + (g + lambda theta)`, `theta <- theta - eta buf`; only `mu_t` changes between updates, and whoever
+    follows the loss (:class:`hf_nsf.LossPhase`, or the Trainer's callback) writes it to `group["momentum"]`. With equal
+    momenta this is :class:`torch.optim.SGD` bit for bit. The method is that of arXiv 2309.02130; we do not deviate.
+
+    Momentum is undamped: in the steady state 0.95 takes steps twice as long as 0.9.
+
+    Args:
+        params: parameters, named parameters or parameter groups.
+        lr: learning rate eta, a float or a one-element tensor.
+        low_loss_momentum: momentum after an update whose loss was below its mean, in [0, 1).
+        high_loss_momentum: momentum after an update whose loss was not; also that of the first update.
+        weight_decay: L2 coefficient lambda, added to the gradient.
+        nesterov: use Nesterov's momentum.
+        maximize: ascend instead of descend.
+        foreach: use torch's multi-tensor path; None lets torch choose.
+        fused: use torch's fused path; None lets torch choose.
+
+    Raises:
+        ValueError: a value is out of its range; the message shows it.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        low_loss_momentum: float = 0.9,
+        high_loss_momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        check_at_least_zero("lr", lr)
+        check_at_least_zero("weight_decay", weight_decay)
+        pair = {"low_loss_momentum": low_loss_momentum, "high_loss_momentum": high_loss_momentum}
+        for name, value in pair.items():
+            check_decay(name, value)
+        if nesterov and 0 in pair.values():
+            raise ValueError(f"Invalid nesterov: nesterov=True needs both momenta > 0, got {pair}.")
+        if foreach and fused:
+            raise ValueError("Invalid foreach and fused: foreach=True, fused=True; at most one of the two may be True.")
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=high_loss_momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+        )
+        # SGD's constructor knows nothing of the pair, so its groups are completed here and later ones on arrival.
+        self.defaults.update(pair)
+        for group in self.param_groups:
+            self._complete(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state dict of torch.optim.SGD has one momentum and no pair
+            group.setdefault("low_loss_momentum", group["momentum"])
+            group.setdefault("high_loss_momentum", group["momentum"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which may have a pair of momenta of its own. It starts in the high phase."""
+        super().add_param_group(param_group)
+        if "low_loss_momentum" in self.defaults:
+            self._complete(self.param_groups[-1])
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        for name in ("low_loss_momentum", "high_loss_momentum"):
+            group.setdefault(name, self.defaults[name])
+            check_decay(name, group[name])
+        group["momentum"] = phase_momentum(group, low=False)

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NSF, natural spectral fusion (arXiv 2509.04713): Adam whose second-moment exponent p is written from outside.
+
+The update is the authors' second-moment exponential scaling (arXiv 2405.18498). `step_scale="adam"` is layer-wise
+grafting (arXiv 2002.11803): the direction of NSF with the length of Adam's step. A neighbour is Padam
+(arXiv 1806.06763), with p fixed in (0, 1/2].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .validation import check_at_least_zero, check_choice, check_decay, check_finite
+
+STEP_SCALES = ("adam", "raw")
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_KNOBS_ADDED_LATER = {"maximize": False, "foreach": None, "fused": None, "kahan": None, "step_scale": "adam", "p": 0.5}
+
+
+class NSF(Optimizer):
+    r"""Adam with an exponent p in place of the square root, p being any finite number and free to change.
+
+    `m <- b1 m + (1-b1) g`, `v <- b2 v + (1-b2) g^2`, `m_hat = m/(1-b1^t)`, `v_hat = v/(1-b2^t)`; weight decay is
+    decoupled as in AdamW. Then
+
+    * `step_scale="raw"`, the formula of arXiv 2509.04713: `theta <- theta - eta m_hat / (v_hat^p + eps)`. Its step
+      length changes by orders of magnitude with p.
+    * `step_scale="adam"`, our deviation and the default: with `d = sqrt(v_hat) + eps` and `u = m_hat d^(-2p)`,
+      `theta <- theta - eta s u`, where `s = ||m_hat/d|| / ||u||` over each parameter tensor gives every step the
+      length of Adam's, so that one learning rate serves all p. At p = 1/2 this is AdamW.
+
+    p = 1/2 is Adam (low frequencies), p = 0 SGD with an averaged momentum, p < 0 amplifies high frequencies.
+
+    Args:
+        params: parameters, named parameters or parameter groups (each may set every option below).
+        lr: learning rate eta, a float or a one-element tensor.
+        betas: (b1, b2), each in [0, 1).
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled decay, >= 0.
+        p: exponent of the next step; :class:`hf_nsf.PCycle` rewrites `group["p"]`. A float or a one-element tensor.
+        step_scale: "adam" or "raw".
+        maximize: ascend instead of descend.
+        foreach: True for the multi-tensor path, False for the single-tensor one, None for the multi-tensor one on
+            accelerators and the single-tensor one elsewhere. Parameters in bfloat16 or float16 and sharded ones (DTensor)
+            always take the single-tensor path.
+        fused: there is no fused path yet, so True is refused.
+        kahan: keep what rounding drops from bfloat16 and float16 parameters, in a state of their dtype, and add it
+            again at the next step. None means True; float32 and float64 parameters need none and get none.
+
+    Moments are kept in at least float32, through `load_state_dict` too.
+
+    Raises:
+        ValueError: a value is out of its range; the message shows it.
+        RuntimeError: at `step()`, for sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        p: Any = 0.5,
+        step_scale: str = "adam",
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        kahan: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "p": p,
+            "step_scale": step_scale,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "kahan": kahan,
+        }
+        _check_group(defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in _KNOBS_ADDED_LATER.items():
+                group.setdefault(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its own options are checked as the constructor's are."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+            for param in group["params"]:
+                if not param.is_floating_point():
+                    raise ValueError(
+                        f"Invalid parameter of dtype {param.dtype}: NSF takes real floating-point parameters; "
+                        "view complex ones with torch.view_as_real."
+                    )
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; unlike torch's, it keeps float32 moments of lower-precision parameters in float32."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        ours = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, param in zip(saved, ours, strict=True):
+            if param.dtype not in _LOW_PRECISION or index not in state_dict["state"]:
+                continue
+            for name in ("exp_avg", "exp_avg_sq"):
+                value = state_dict["state"][index][name]
+                self.state[param][name] = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            single, multi = self._split(group)
+            if single:
+                _single_tensor_nsf(single, [self.state[q] for q in single], group)
+            for bucket in multi:
+                _multi_tensor_nsf(bucket, [self.state[q] for q in bucket], group)
+        return loss
+
+    def _split(self, group: dict[str, Any]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Create missing states and deal the parameters to the two paths, the second by device and dtype."""
+        single: list[Tensor] = []
+        multi: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                raise RuntimeError("NSF takes no sparse gradients; use torch.nn.Embedding(sparse=False).")
+            state = self.state[param]
+            if not state:
+                moment_dtype = torch.promote_types(param.dtype, torch.float32)
+                # On the CPU, as torch's Adam has it: the bias corrections then need no copy from the device.
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
+            low_precision = param.dtype in _LOW_PRECISION
+            if low_precision and group["kahan"] is not False and "compensation" not in state:
+                state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            foreach = param.device.type != "cpu" if group["foreach"] is None else group["foreach"]
+            if foreach and not low_precision and type(param) in (Tensor, torch.nn.Parameter):
+                multi.setdefault((param.device, param.dtype, param.grad.dtype), []).append(param)
+            else:
+                single.append(param)
+        return single, list(multi.values())
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    check_at_least_zero("lr", group["lr"])
+    try:
+        b1, b2 = group["betas"]
+    except (TypeError, ValueError):
+        raise ValueError(f"Invalid betas: betas={group['betas']!r}, allowed is a pair of numbers in [0, 1).") from None
+    check_decay("betas[0]", b1)
+    check_decay("betas[1]", b2)
+    check_at_least_zero("eps", group["eps"])
+    check_at_least_zero("weight_decay", group["weight_decay"])
+    check_finite("p", group["p"])
+    check_choice("step_scale", group["step_scale"], STEP_SCALES)
+    if group["fused"]:
+        raise ValueError("Invalid fused: fused=True, but NSF has no fused path; allowed: None, False (see foreach).")
+
+
+def _item(value: Any) -> float:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _bias_corrections(state: dict[str, Any], b1: float, b2: float) -> tuple[float, float]:
+    t = state["step"].item()
+    return 1 - b1**t, 1 - b2**t
+
+
+def _norm(x: Tensor) -> Tensor:
+    """2-norm of the whole tensor in float64, where no square of a float32 overflows or underflows."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm
+
+
+def _length_ratio(adam_norm: Tensor, u_norm: Tensor) -> Tensor:
+    """s = ||m_hat / d|| / ||u||, and 1 where u = 0."""
+    return torch.where(u_norm > 0, adam_norm / u_norm, torch.ones_like(u_norm))
+
+
+def _single_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+    """The readable path, one tensor at a time."""
+    lr, p, (b1, b2), eps = _item(group["lr"]), _item(group["p"]), group["betas"], group["eps"]
+    for param, state in zip(params, states, strict=True):
+        m, v, rest = state["exp_avg"], state["exp_avg_sq"], state.get("compensation")
+        g = param.grad.to(m.dtype)  # type: ignore[union-attr]
+        if group["maximize"]:
+            g = -g
+        # theta is the parameter itself, or its exact value in float32 where the parameter is of lower precision.
+        theta = param if param.dtype == m.dtype else param.to(m.dtype)
+        if rest is not None:
+            theta = theta + rest
+
+        state["step"] += 1
+        c1, c2 = _bias_corrections(state, b1, b2)
+        theta.mul_(1 - lr * group["weight_decay"])
+        m.lerp_(g, 1 - b1)
+        v.mul_(b2).addcmul_(g, g, value=1 - b2)
+
+        if group["step_scale"] == "raw":
+            theta.addcdiv_(m, (v / c2).pow_(p).add_(eps), value=-lr / c1)
+        else:
+            d = (v.sqrt() / c2**0.5).add_(eps)
+            a = _adam_step(m, d)  # Adam's step, up to 1 / c1
+            if p == 0.5:
+                theta.add_(a, alpha=-lr / c1)
+            else:
+                u = a * _weights(d, p)
+                s = _length_ratio(_norm(a), _norm(u))
+                theta.sub_(u.mul_(s.mul_(lr / c1).to(u.dtype)))
+
+        if theta is not param:
+            param.copy_(theta)
+            if rest is not None:
+                rest.copy_(theta - param.to(m.dtype))
+
+
+def _adam_step(m: Tensor, d: Tensor) -> Tensor:
+    """m / d, and 0 where both are 0 (eps = 0 and no gradient yet)."""
+    return torch.where(m == 0, m, m / d)
+
+
+def _weights(d: Tensor, p: float) -> Tensor:
+    """d^(1-2p), so that u = m d^(-2p) = (m / d) d^(1-2p); bounded, that no inf meets a 0."""
+    bound = torch.finfo(d.dtype).max ** 0.75
+    return d.pow(1 - 2 * p).clamp_(max=bound)
+
+
+def _multi_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+    """The same, for lists of plain tensors of one device and one dtype (float32 or float64)."""
+    lr, p, (b1, b2), eps = _item(group["lr"]), _item(group["p"]), group["betas"], group["eps"]
+    dtype = params[0].dtype
+    grads = [param.grad.to(dtype) for param in params]  # type: ignore[union-attr]
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    ms = [state["exp_avg"] for state in states]
+    vs = [state["exp_avg_sq"] for state in states]
+    for state in states:
+        state["step"] += 1
+    corrections = [_bias_corrections(state, b1, b2) for state in states]
+
+    if group["weight_decay"] != 0:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    torch._foreach_lerp_(ms, grads, 1 - b1)
+    torch._foreach_mul_(vs, b2)
+    torch._foreach_addcmul_(vs, grads, grads, 1 - b2)
+
+    if group["step_scale"] == "raw":
+        denominators = torch._foreach_div(vs, [c2 for _, c2 in corrections])
+        torch._foreach_pow_(denominators, p)
+        torch._foreach_add_(denominators, eps)
+        torch._foreach_addcdiv_(params, ms, denominators, [-lr / c1 for c1, _ in corrections])
+        return
+
+    ds = torch._foreach_sqrt(vs)
+    torch._foreach_div_(ds, [c2**0.5 for _, c2 in corrections])
+    torch._foreach_add_(ds, eps)
+    steps: list[Tensor] = [_adam_step(m, d) for m, d in zip(ms, ds, strict=True)] if eps == 0 else list(
+        torch._foreach_div(ms, ds)
+    )
+    if p == 0.5:
+        torch._foreach_mul_(steps, [-lr / c1 for c1, _ in corrections])
+    else:
+        adam_norms = [_norm(a) for a in steps]
+        torch._foreach_pow_(ds, 1 - 2 * p)
+        torch._foreach_clamp_max_(ds, torch.finfo(dtype).max ** 0.75)
+        torch._foreach_mul_(steps, ds)
+        for u, adam_norm, (c1, _) in zip(steps, adam_norms, corrections, strict=True):
+            u.mul_(_length_ratio(adam_norm, _norm(u)).mul_(-lr / c1).to(dtype))
+    torch._foreach_add_(params, steps)
