@@ -40,7 +40,9 @@ def check_cycle(
         check_finite("p", p)
         if given:
             name, value = next(iter(given.items()))
-            raise ValueError(f"Invalid {name}: {name}={value!r} is not allowed with a constant p={p!r}; give one of the two.")
+            raise ValueError(
+                f"Invalid {name}: {name}={value!r} is not allowed with a constant p={p!r}; give one of the two."
+            )
         return
     for name in ("p_min", "p_max"):
         if name in given:
@@ -50,7 +52,9 @@ def check_cycle(
     if low > high:
         raise ValueError(f"Invalid p_min: p_min={low!r} is above p_max={high!r}, allowed is p_min <= p_max.")
     if cycles is not None and cycle_steps is not None:
-        raise ValueError(f"Invalid cycles: cycles={cycles!r} is not allowed with cycle_steps={cycle_steps!r}; give one.")
+        raise ValueError(
+            f"Invalid cycles: cycles={cycles!r} is not allowed with cycle_steps={cycle_steps!r}; give one."
+        )
     for name in ("cycles", "cycle_steps"):
         if name in given:
             check_positive(name, given[name])
@@ -76,7 +80,9 @@ def _resolve(
     high = DEFAULT_P_MAX if p_max is None else p_max
     if cycles is not None:
         if total_steps is None:
-            raise ValueError(f"Invalid cycles: cycles={cycles!r} needs total_steps, the number of updates of the training.")
+            raise ValueError(
+                f"Invalid cycles: cycles={cycles!r} needs total_steps, the number of updates of the training."
+            )
         check_positive("total_steps", total_steps)
         period = total_steps / cycles
     elif cycle_steps is not None:
@@ -114,8 +120,8 @@ class PCycle:
     """Writes p to every group of an :class:`hf_nsf.NSF`, in the manner of torch's learning-rate schedulers.
 
     With k the number of updates made, P the period and phi = (k mod P)/P, p starts at p_max (as Adam, if that is 1/2):
-    cosine `p_min + (p_max - p_min)(1 + cos 2 pi phi)/2`; triangular p_max -> p_min -> p_max; sawtooth p_max -> p_min and
-    back at once; square p_max in the first half and p_min in the second. k stands in every group (`p_cycle_step`), so a
+    cosine `p_min + (p_max - p_min)(1 + cos 2 pi phi)/2`; triangular p_max -> p_min -> p_max; sawtooth p_max -> p_min
+    and back at once; square p_max in the first half and p_min in the second. k stands in every group (`p_cycle_step`), so a
     loaded optimizer goes on where it stopped.
 
     Args:

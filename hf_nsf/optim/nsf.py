@@ -47,8 +47,8 @@ class NSF(Optimizer):
         step_scale: "adam" or "raw".
         maximize: ascend instead of descend.
         foreach: True for the multi-tensor path, False for the single-tensor one, None for the multi-tensor one on
-            accelerators and the single-tensor one elsewhere. Parameters in bfloat16 or float16 and sharded ones (DTensor)
-            always take the single-tensor path.
+            accelerators and the single-tensor one elsewhere. Parameters in bfloat16 or float16 and sharded ones
+            (DTensor) always take the single-tensor path.
         fused: there is no fused path yet, so True is refused.
         kahan: keep what rounding drops from bfloat16 and float16 parameters, in a state of their dtype, and add it
             again at the next step. None means True; float32 and float64 parameters need none and get none.
@@ -205,7 +205,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _length_ratio(adam_norm: Tensor, u_norm: Tensor) -> Tensor:
-    """s = ||m_hat / d|| / ||u||, and 1 where u = 0."""
+    """S = ||m_hat / d|| / ||u||, and 1 where u = 0."""
     return torch.where(u_norm > 0, adam_norm / u_norm, torch.ones_like(u_norm))
 
 
@@ -247,7 +247,7 @@ def _single_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group
 
 
 def _adam_step(m: Tensor, d: Tensor) -> Tensor:
-    """m / d, and 0 where both are 0 (eps = 0 and no gradient yet)."""
+    """M / d, and 0 where both are 0 (eps = 0 and no gradient yet)."""
     return torch.where(m == 0, m, m / d)
 
 
@@ -286,8 +286,8 @@ def _multi_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group:
     ds = torch._foreach_sqrt(vs)
     torch._foreach_div_(ds, [c2**0.5 for _, c2 in corrections])
     torch._foreach_add_(ds, eps)
-    steps: list[Tensor] = [_adam_step(m, d) for m, d in zip(ms, ds, strict=True)] if eps == 0 else list(
-        torch._foreach_div(ms, ds)
+    steps: list[Tensor] = (
+        [_adam_step(m, d) for m, d in zip(ms, ds, strict=True)] if eps == 0 else list(torch._foreach_div(ms, ds))
     )
     if p == 0.5:
         torch._foreach_mul_(steps, [-lr / c1 for c1, _ in corrections])

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SpectralCallback: turns the Trainer's events and losses into loss phases (LCAM) and p-cycles (NSF)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..control import LossPhase, PCycle
+from ..optim import LCAM, NSF
+from .options import OPTIONS, cycle_arguments, parse_optim_args
+
+logger = logging.get_logger(__name__)
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside accelerate's (and DeepSpeed's) wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+class SpectralCallback(TrainerCallback):
+    """Drives :class:`hf_nsf.LossPhase` or :class:`hf_nsf.PCycle` from a Trainer; does nothing for other optimizers.
+
+    Every Trainer made after `import hf_nsf` has its own, so users need not add one. While `Trainer.train` runs, each
+    value that `training_step` returns is handed to :meth:`observe`; the sum over an update's micro-batches is the loss
+    that the Trainer logs, and the one that LCAM compares. An update of fewer micro-batches than the run's usual number
+    takes no part in the decision: many models sum rather than average over an accumulation window.
+
+    Adds to the Trainer's logs the values used in that step: `nsf_p`; `lcam_momentum`, `lcam_loss_phase` (the phase that
+    chose it: 1 low, 0 high) and, once there is one, `lcam_loss_mean` (the mean that decided).
+    """
+
+    def __init__(self) -> None:
+        self._optimizer: Any = None
+        self._phase: LossPhase | None = None
+        self._cycle: PCycle | None = None
+        self._losses: list[torch.Tensor] = []
+        self._used: dict[str, float] = {}
+        self._resumed_in_epoch = False
+        self._warned = False
+
+    def observe(self, loss: Any) -> None:
+        """Take the loss of one micro-batch, as `Trainer.training_step` returned it."""
+        if self._phase is not None:
+            self._losses.append(loss.detach() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss)))
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+        """Attach to the optimizer; go on from its groups after a resume, begin anew otherwise."""
+        self._optimizer, self._phase, self._cycle = None, None, None
+        self._losses, self._used = [], {}
+        inner = unwrap_optimizer(optimizer)
+        if not isinstance(inner, (LCAM, NSF)):
+            return
+        name = "lcam" if isinstance(inner, LCAM) else "nsf"
+        options: dict[str, Any] | None = None
+        if args.optim == name and name in OPTIONS:
+            options = parse_optim_args(name, args.optim_args)[1]
+        resumed = state.global_step > 0
+        self._optimizer = inner
+        self._resumed_in_epoch = resumed and not float(state.epoch or 0).is_integer()
+        first = inner.param_groups[0]
+        if isinstance(inner, LCAM):
+            if resumed and "loss_count" not in first:
+                logger.warning(
+                    "The checkpoint has no optimizer state (save_only_model?): LCAM begins its loss mean anew."
+                )
+            self._phase = LossPhase(inner, **(options or {}))
+            if not resumed:
+                self._phase.restart()
+        elif options is not None:  # an NSF made by the user without the string keeps the p that it was given
+            known = resumed and "p_cycle_step" in first
+            self._cycle = PCycle(inner, **cycle_arguments(options, state.max_steps))
+            if not known:
+                self._cycle.move_to(state.global_step)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        """Begin the mean anew, unless a resumed run is in the middle of its epoch."""
+        if self._phase is not None and not self._resumed_in_epoch:
+            self._phase.start_epoch()
+        self._resumed_in_epoch = False
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        """Note what this step uses, for the log."""
+        if self._optimizer is None:
+            return
+        first = self._optimizer.param_groups[0]
+        if self._phase is None:
+            self._used = {"nsf_p": float(first["p"])}
+        else:
+            self._used = {"lcam_momentum": float(first["momentum"]), "lcam_loss_phase": first["loss_phase"]}
+            if first["loss_mean"] != 0.0:
+                self._used["lcam_loss_mean"] = first["loss_mean"]
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+        """Decide the next update's momentum or p. Runs on every process after each step, skipped ones included."""
+        if self._optimizer is None:
+            return
+        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        if self._cycle is not None and not skipped:
+            self._cycle.step()
+        if self._phase is None:
+            return
+        losses, self._losses = self._losses, []
+        if not losses:
+            if not self._warned:
+                logger.warning(
+                    "LCAM saw no training loss, so its momentum stays as it is: this Trainer does not call its "
+                    "training_step. Drive it yourself with hf_nsf.LossPhase, or use another optimizer."
+                )
+                self._warned = True
+            return
+        usual = max(len(losses), self._optimizer.param_groups[0].get("loss_window", 0))
+        for group in self._optimizer.param_groups:
+            group["loss_window"] = usual
+        self._phase.step(torch.stack(losses).sum(), skipped=skipped or len(losses) < usual)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        """Add the values used to the log of a training loss, before trackers see it."""
+        if self._used and logs is not None and "loss" in logs:
+            logs.update(self._used)
+            # The Trainer has already copied `logs` to its history.
+            if state.log_history and state.log_history[-1].get("step") == state.global_step:
+                state.log_history[-1].update(self._used)

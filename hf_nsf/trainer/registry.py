@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that reaches into transformers stands here, and :func:`unregister` takes it back.
+
+transformers has no public hook for an optimizer's name or for the loss of an update, so we add two members to its enum
+`OptimizerNames`, two entries to its table of handlers, one default callback, and a wrapper of the public
+`Trainer.train`, which for its duration listens to the values that the trainer's own `training_step` returns.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import transformers
+from transformers import Trainer, TrainerCallback
+from transformers import trainer as host_trainer
+from transformers.training_args import OptimizerNames
+from transformers.utils import logging
+
+from ..optim import LCAM, NSF
+from .callback import SpectralCallback
+from .options import first_p, parse_optim_args
+
+try:
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+except ImportError:
+    raise ImportError(
+        f"hf_nsf works with transformers 5.2.0 and newer, found {transformers.__version__}: "
+        "pip install --upgrade transformers"
+    ) from None
+
+logger = logging.get_logger(__name__)
+
+
+def _lcam_handler(context: Any) -> tuple[type[LCAM], dict[str, Any]]:
+    of_optimizer, _ = parse_optim_args("lcam", context.args.optim_args)
+    return LCAM, {**context.optimizer_kwargs, "weight_decay": context.args.weight_decay, **of_optimizer}
+
+
+def _nsf_handler(context: Any) -> tuple[type[NSF], dict[str, Any]]:
+    of_optimizer, of_cycle = parse_optim_args("nsf", context.args.optim_args)
+    common = {**context.optimizer_kwargs, **context.adam_kwargs, "weight_decay": context.args.weight_decay}
+    return NSF, {**common, "p": first_p(of_cycle), **of_optimizer}
+
+
+_HANDLERS = {"lcam": _lcam_handler, "nsf": _nsf_handler}
+
+
+def optimizer_name(value: str) -> OptimizerNames:
+    """The enum's member of that value. Pickled members name this function, so that unpickling imports hf_nsf."""
+    return OptimizerNames(value)
+
+
+def _add_name(value: str) -> None:
+    """Give the enum a real member: iteration, lookup, argparse's choices, pickle and JSON then work by themselves."""
+    if value in OptimizerNames._value2member_map_:
+        return
+    name = value.upper()
+    member = str.__new__(OptimizerNames, value)
+    member._name_, member._value_ = name, value
+    member.__objclass__ = OptimizerNames  # type: ignore[attr-defined]
+    member._sort_order_ = len(OptimizerNames._member_names_)
+    member.__reduce_ex__ = lambda protocol: (optimizer_name, (value,))  # type: ignore[method-assign,assignment]
+    OptimizerNames._member_names_.append(name)
+    OptimizerNames._member_map_[name] = member
+    OptimizerNames._value2member_map_[value] = member
+    if hasattr(OptimizerNames, "_hashable_values_"):  # newer Pythons: `in` looks here
+        OptimizerNames._hashable_values_.append(value)
+    type.__setattr__(OptimizerNames, name, member)
+
+
+def _remove_name(value: str) -> None:
+    if OptimizerNames._value2member_map_.pop(value, None) is None:
+        return
+    name = value.upper()
+    OptimizerNames._member_names_.remove(name)
+    del OptimizerNames._member_map_[name]
+    if hasattr(OptimizerNames, "_hashable_values_"):
+        OptimizerNames._hashable_values_.remove(value)
+    type.__delattr__(OptimizerNames, name)
+
+
+def _is_ours(callback: type[TrainerCallback] | TrainerCallback) -> bool:
+    # By name: importlib.reload makes a second class of the same one.
+    cls = callback if isinstance(callback, type) else type(callback)
+    return any(base.__name__ == "SpectralCallback" for base in cls.__mro__)
+
+
+def _listening(train: Any) -> Any:
+    """`Trainer.train` with its training_step's results handed to our callback."""
+
+    @functools.wraps(train)
+    def wrapper(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if optim in _HANDLERS:  # here too, since the host's own parser fails on some texts with a bare error
+            parse_optim_args(optim, self.args.optim_args)
+        callback: Any = next((c for c in self.callback_handler.callbacks if _is_ours(c)), None)
+        if callback is None:
+            if optim in _HANDLERS:
+                logger.warning(
+                    f"optim={optim} without its SpectralCallback: momentum and p stay constant. "
+                    "Put it back with trainer.add_callback(hf_nsf.SpectralCallback)."
+                )
+            return train(self, *args, **kwargs)
+
+        own = self.__dict__.get("training_step")
+        training_step = self.training_step  # bound, the most derived one
+
+        @functools.wraps(training_step)
+        def observed(*step_args: Any, **step_kwargs: Any) -> Any:
+            loss = training_step(*step_args, **step_kwargs)
+            callback.observe(loss)
+            return loss
+
+        self.__dict__["training_step"] = observed
+        try:
+            return train(self, *args, **kwargs)
+        finally:
+            if own is None:
+                self.__dict__.pop("training_step", None)
+            else:
+                self.__dict__["training_step"] = own
+
+    wrapper._hf_nsf = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def register() -> None:
+    """Make `optim="lcam"` and `optim="nsf"` known to transformers. Doing it again changes nothing."""
+    for value, handler in _HANDLERS.items():
+        _add_name(value)
+        _OPTIMIZER_HANDLERS[OptimizerNames(value)] = handler
+    host_trainer.DEFAULT_CALLBACKS[:] = [c for c in host_trainer.DEFAULT_CALLBACKS if not _is_ours(c)]
+    host_trainer.DEFAULT_CALLBACKS.append(SpectralCallback)
+    if not hasattr(Trainer.train, "_hf_nsf"):
+        Trainer.train = _listening(Trainer.train)  # type: ignore[method-assign]
+
+
+def unregister() -> None:
+    """Restore transformers as it was before :func:`register`."""
+    for value in _HANDLERS:
+        _OPTIMIZER_HANDLERS.pop(value, None)
+        _remove_name(value)
+    host_trainer.DEFAULT_CALLBACKS[:] = [c for c in host_trainer.DEFAULT_CALLBACKS if not _is_ours(c)]
+    if hasattr(Trainer.train, "_hf_nsf"):
+        Trainer.train = Trainer.train.__wrapped__  # type: ignore[method-assign]
