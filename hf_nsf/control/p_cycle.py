@@ -121,8 +121,8 @@ class PCycle:
 
     With k the number of updates made, P the period and phi = (k mod P)/P, p starts at p_max (as Adam, if that is 1/2):
     cosine `p_min + (p_max - p_min)(1 + cos 2 pi phi)/2`; triangular p_max -> p_min -> p_max; sawtooth p_max -> p_min
-    and back at once; square p_max in the first half and p_min in the second. k stands in every group (`p_cycle_step`), so a
-    loaded optimizer goes on where it stopped.
+    and back at once; square p_max in the first half and p_min in the second. k stands in every group
+    (`p_cycle_step`), so a loaded optimizer goes on where it stopped.
 
     Args:
         optimizer: an NSF.

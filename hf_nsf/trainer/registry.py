@@ -30,6 +30,8 @@ except ImportError:
     ) from None
 
 logger = logging.get_logger(__name__)
+_enum: Any = OptimizerNames  # the type checker knows nothing of an enum's private tables
+_trainer: Any = Trainer
 
 
 def _lcam_handler(context: Any) -> tuple[type[LCAM], dict[str, Any]]:
@@ -53,31 +55,31 @@ def optimizer_name(value: str) -> OptimizerNames:
 
 def _add_name(value: str) -> None:
     """Give the enum a real member: iteration, lookup, argparse's choices, pickle and JSON then work by themselves."""
-    if value in OptimizerNames._value2member_map_:
+    if value in _enum._value2member_map_:
         return
     name = value.upper()
-    member = str.__new__(OptimizerNames, value)
+    member: Any = str.__new__(_enum, value)
     member._name_, member._value_ = name, value
-    member.__objclass__ = OptimizerNames  # type: ignore[attr-defined]
-    member._sort_order_ = len(OptimizerNames._member_names_)
-    member.__reduce_ex__ = lambda protocol: (optimizer_name, (value,))  # type: ignore[method-assign,assignment]
-    OptimizerNames._member_names_.append(name)
-    OptimizerNames._member_map_[name] = member
-    OptimizerNames._value2member_map_[value] = member
-    if hasattr(OptimizerNames, "_hashable_values_"):  # newer Pythons: `in` looks here
-        OptimizerNames._hashable_values_.append(value)
-    type.__setattr__(OptimizerNames, name, member)
+    member.__objclass__ = _enum
+    member._sort_order_ = len(_enum._member_names_)
+    member.__reduce_ex__ = lambda protocol: (optimizer_name, (value,))
+    _enum._member_names_.append(name)
+    _enum._member_map_[name] = member
+    _enum._value2member_map_[value] = member
+    if hasattr(_enum, "_hashable_values_"):  # newer Pythons: `in` looks here
+        _enum._hashable_values_.append(value)
+    type.__setattr__(_enum, name, member)
 
 
 def _remove_name(value: str) -> None:
-    if OptimizerNames._value2member_map_.pop(value, None) is None:
+    if _enum._value2member_map_.pop(value, None) is None:
         return
     name = value.upper()
-    OptimizerNames._member_names_.remove(name)
-    del OptimizerNames._member_map_[name]
-    if hasattr(OptimizerNames, "_hashable_values_"):
-        OptimizerNames._hashable_values_.remove(value)
-    type.__delattr__(OptimizerNames, name)
+    _enum._member_names_.remove(name)
+    del _enum._member_map_[name]
+    if hasattr(_enum, "_hashable_values_"):
+        _enum._hashable_values_.remove(value)
+    type.__delattr__(_enum, name)
 
 
 def _is_ours(callback: type[TrainerCallback] | TrainerCallback) -> bool:
@@ -131,9 +133,9 @@ def register() -> None:
         _add_name(value)
         _OPTIMIZER_HANDLERS[OptimizerNames(value)] = handler
     host_trainer.DEFAULT_CALLBACKS[:] = [c for c in host_trainer.DEFAULT_CALLBACKS if not _is_ours(c)]
-    host_trainer.DEFAULT_CALLBACKS.append(SpectralCallback)
+    host_trainer.DEFAULT_CALLBACKS.append(SpectralCallback)  # type: ignore[arg-type]
     if not hasattr(Trainer.train, "_hf_nsf"):
-        Trainer.train = _listening(Trainer.train)  # type: ignore[method-assign]
+        _trainer.train = _listening(Trainer.train)
 
 
 def unregister() -> None:
@@ -143,4 +145,4 @@ def unregister() -> None:
         _remove_name(value)
     host_trainer.DEFAULT_CALLBACKS[:] = [c for c in host_trainer.DEFAULT_CALLBACKS if not _is_ours(c)]
     if hasattr(Trainer.train, "_hf_nsf"):
-        Trainer.train = Trainer.train.__wrapped__  # type: ignore[method-assign]
+        _trainer.train = _trainer.train.__wrapped__
