@@ -232,7 +232,7 @@ def _single_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group
             theta.addcdiv_(m, (v / c2).pow_(p).add_(eps), value=-lr / c1)
         else:
             d = (v.sqrt() / c2**0.5).add_(eps)
-            a = _adam_step(m, d)  # Adam's step, up to 1 / c1
+            a = _adam_step(m, d, eps)  # Adam's step, up to 1 / c1
             if p == 0.5:
                 theta.add_(a, alpha=-lr / c1)
             else:
@@ -246,9 +246,9 @@ def _single_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group
                 rest.copy_(theta - param.to(m.dtype))
 
 
-def _adam_step(m: Tensor, d: Tensor) -> Tensor:
-    """M / d, and 0 where both are 0 (eps = 0 and no gradient yet)."""
-    return torch.where(m == 0, m, m / d)
+def _adam_step(m: Tensor, d: Tensor, eps: float) -> Tensor:
+    """m / d; with eps = 0 it is 0 where d is (no gradient yet, or one whose square underflowed)."""
+    return m / d if eps > 0 else torch.where(d == 0, torch.zeros_like(m), m / d)
 
 
 def _weights(d: Tensor, p: float) -> Tensor:
@@ -286,16 +286,17 @@ def _multi_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group:
     ds = torch._foreach_sqrt(vs)
     torch._foreach_div_(ds, [c2**0.5 for _, c2 in corrections])
     torch._foreach_add_(ds, eps)
-    steps: list[Tensor] = (
-        [_adam_step(m, d) for m, d in zip(ms, ds, strict=True)] if eps == 0 else list(torch._foreach_div(ms, ds))
+    steps = (
+        list(torch._foreach_div(ms, ds)) if eps > 0 else [_adam_step(m, d, eps) for m, d in zip(ms, ds, strict=True)]
     )
     if p == 0.5:
         torch._foreach_mul_(steps, [-lr / c1 for c1, _ in corrections])
     else:
-        adam_norms = [_norm(a) for a in steps]
+        adam_norms = torch.stack(torch._foreach_norm(steps, 2, dtype=torch.float64))
         torch._foreach_pow_(ds, 1 - 2 * p)
         torch._foreach_clamp_max_(ds, torch.finfo(dtype).max ** 0.75)
         torch._foreach_mul_(steps, ds)
-        for u, adam_norm, (c1, _) in zip(steps, adam_norms, corrections, strict=True):
-            u.mul_(_length_ratio(adam_norm, _norm(u)).mul_(-lr / c1).to(dtype))
+        ratios = _length_ratio(adam_norms, torch.stack(torch._foreach_norm(steps, 2, dtype=torch.float64)))
+        torch._foreach_mul_(steps, list(ratios.to(dtype).unbind()))
+        torch._foreach_mul_(steps, [-lr / c1 for c1, _ in corrections])
     torch._foreach_add_(params, steps)
