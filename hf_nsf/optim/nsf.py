@@ -247,7 +247,7 @@ def _single_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group
 
 
 def _adam_step(m: Tensor, d: Tensor, eps: float) -> Tensor:
-    """m / d; with eps = 0 it is 0 where d is (no gradient yet, or one whose square underflowed)."""
+    """Return m / d; with eps = 0 it is 0 where d is (no gradient yet, or one whose square underflowed)."""
     return m / d if eps > 0 else torch.where(d == 0, torch.zeros_like(m), m / d)
 
 

@@ -10,7 +10,9 @@ import sys
 
 import pytest
 import torch
+import transformers
 import yaml
+from packaging.version import Version
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers import trainer as host_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
@@ -41,9 +43,11 @@ def test_arguments_from_code_command_line_json_and_yaml(name, tmp_path, capsys):
     ]
     assert [args.optim for args in parsed] == [OptimizerNames(name)] * 4
     assert json.loads(parsed[0].to_json_string())["optim"] == name
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    assert name in capsys.readouterr().out
+    assert name in parser.format_usage().split("--optim {")[1].split("}")[0].split(",")
+    if Version(transformers.__version__) >= Version("5.3"):  # 5.2.0 fails to print its own help
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--help"])
+        assert name in capsys.readouterr().out
 
 
 def test_training_args_bin_loads_in_a_process_without_the_import(tmp_path):
