@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train or fine-tune a text classifier with the stock Trainer and `--optim nsf` or `--optim lcam`.
 
-With no data and no model named, a small ModernBERT learns to tell the topic of the sentences in the docstrings of Python's
+With no data and no model named, a small ModernBERT learns to tell the topic of the sentences in the docstrings of
+Python's
 standard library, without a network:
 
     python examples/text_classification.py --output_dir out --optim nsf
@@ -41,7 +42,7 @@ from transformers import (
 
 import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
 
-FROM_SCRATCH = LearningRates(adam_like=2e-3, sgd_like=0.1)
+FROM_SCRATCH = LearningRates(adam_like=1e-3, sgd_like=0.1)
 PRETRAINED = LearningRates(adam_like=5e-5, sgd_like=5e-3)
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 
@@ -71,7 +72,7 @@ class TextDataArguments(DataArguments):
 class TextTrainingArguments(ExampleTrainingArguments):
     """Training arguments with the defaults of this task."""
 
-    num_train_epochs: float = field(default=4.0, metadata={"help": "Passes over the training data."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the training data."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts of one update."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Texts of one evaluation step."})
     logging_steps: float = field(default=5, metadata={"help": "Log the training loss every so many updates."})
