@@ -2,8 +2,7 @@
 """Train or fine-tune a text classifier with the stock Trainer and `--optim nsf` or `--optim lcam`.
 
 With no data and no model named, a small ModernBERT learns to tell the topic of the sentences in the docstrings of
-Python's
-standard library, without a network:
+Python's standard library, without a network:
 
     python examples/text_classification.py --output_dir out --optim nsf
     python examples/text_classification.py --output_dir out --optim lcam --compare_with adamw_torch
