@@ -102,10 +102,10 @@ class LCAM(SGD):
         if group["fused"]:
             for param in group["params"]:
                 if param.device.type == "cpu" and param.dtype in (torch.bfloat16, torch.float16):
-                    # Seen with torch 2.13: after five steps its fused SGD was off by more than 1.0 from the other paths.
+                    # Seen with torch 2.13: after five steps its fused SGD was off by more than 1 from the others.
                     raise RuntimeError(
-                        f"Invalid fused: fused=True with a {param.dtype} parameter on the CPU, where torch's fused SGD is "
-                        "wrong; allowed: fused=None or False."
+                        f"Invalid fused: fused=True with a {param.dtype} parameter on the CPU, where torch's "
+                        "fused SGD is wrong; allowed: fused=None or False."
                     )
         has_sparse_grad = super()._init_group(group, params, grads, momentum_buffer_list)
         # torch's multi-tensor Nesterov step adds to the gradients themselves unless decay or maximize made copies.
