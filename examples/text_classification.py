@@ -95,13 +95,14 @@ def load_texts(arguments: TextDataArguments, seed: int) -> LabelledData:
 
 
 def build_tokenizer(arguments: ModelArguments, texts: list[str]) -> PreTrainedTokenizerBase:
-    """Load the pretrained model's tokenizer, or train a WordPiece tokenizer on the texts."""
+    """Load the pretrained model's tokenizer, or train a byte-pair tokenizer on the texts."""
     if arguments.model_name_or_path is not None:
         return load_pretrained(AutoTokenizer, arguments.model_name_or_path)
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
+    # Not WordPiece: its trainer breaks ties by hash order, so that two runs of one seed would differ.
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Metaspace()])
+    trainer = trainers.BpeTrainer(
         vocab_size=arguments.vocabulary_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
