@@ -57,13 +57,16 @@ class ExampleTrainingArguments(TrainingArguments):
 
 @dataclass
 class LearningRates:
-    """Default learning rates of a task for the two families of optimizers."""
+    """Default learning rates of a task for the two families of optimizers, and for nsf where it has its own."""
 
     adam_like: float
     sgd_like: float
+    nsf: float | None = None
 
     def of(self, optimizer: str) -> float:
         """Return the default learning rate of an optimizer."""
+        if optimizer == "nsf" and self.nsf is not None:
+            return self.nsf
         return self.sgd_like if optimizer in SGD_LIKE else self.adam_like
 
 

@@ -41,8 +41,9 @@ from transformers import (
 
 import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
 
-FROM_SCRATCH = LearningRates(adam_like=1e-3, sgd_like=0.1)
-PRETRAINED = LearningRates(adam_like=5e-5, sgd_like=5e-3)
+# The best on validation of five rates each (docstrings) and of three each (SST-2, a 22.6M-parameter model).
+FROM_SCRATCH = LearningRates(adam_like=2e-3, sgd_like=0.4, nsf=4e-3)
+PRETRAINED = LearningRates(adam_like=1e-4, sgd_like=3e-2)
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 
 
