@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import SGD
 
+from .shards import is_sharded
 from .validation import check_at_least_zero, check_decay
 
 
@@ -81,6 +82,9 @@ class LCAM(SGD):
             foreach=foreach,
             fused=fused,
         )
+        # With fused=True torch's GradScaler would leave the skipping of an overflowed step to the kernel, where nobody
+        # can see it and a first momentum buffer stays unwritten. Without this mark the scaler skips the step itself.
+        self._step_supports_amp_scaling = False
         # SGD's constructor knows nothing of the pair, so its groups are completed here and later ones on arrival.
         self.defaults.update(pair)
         for group in self.param_groups:
@@ -107,6 +111,10 @@ class LCAM(SGD):
                         f"Invalid fused: fused=True with a {param.dtype} parameter on the CPU, where torch's "
                         "fused SGD is wrong; allowed: fused=None or False."
                     )
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and group["foreach"] is not False:
+            # torch's multi-tensor operations refuse a mix of DTensors and plain tensors; one at a time is the same.
+            if len({is_sharded(param) for param in group["params"]}) == 2:
+                group["foreach"] = False
         has_sparse_grad = super()._init_group(group, params, grads, momentum_buffer_list)
         # torch's multi-tensor Nesterov step adds to the gradients themselves unless decay or maximize made copies.
         multi_tensor = group["foreach"] or (group["foreach"] is None and any(g.device.type != "cpu" for g in grads))

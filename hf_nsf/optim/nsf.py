@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .shards import grad_shard, is_sharded, sum_over_shards, to_local
 from .validation import check_at_least_zero, check_choice, check_decay, check_finite
 
 STEP_SCALES = ("adam", "raw")
@@ -47,8 +48,9 @@ class NSF(Optimizer):
         step_scale: "adam" or "raw".
         maximize: ascend instead of descend.
         foreach: True for the multi-tensor path, False for the single-tensor one, None for the multi-tensor one on
-            accelerators and the single-tensor one elsewhere. Parameters in bfloat16 or float16 and sharded ones
-            (DTensor) always take the single-tensor path.
+            accelerators and the single-tensor one elsewhere. Parameters in bfloat16 or float16 always take the
+            single-tensor path, sharded ones (DTensor) a path of their own whose lengths are those of the whole
+            tensors, all of them summed over the processes in one collective a step (and mesh dimension).
         fused: there is no fused path yet, so True is refused.
         kahan: keep what rounding drops from bfloat16 and float16 parameters, in a state of their dtype, and add it
             again at the next step. None means True; float32 and float64 parameters need none and get none.
@@ -138,16 +140,20 @@ class NSF(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        sharded: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         for group in self.param_groups:
             single, multi = self._split(group)
+            sharded += [(q, self.state[q], group) for q in group["params"] if is_sharded(q)]
             if single:
                 _single_tensor_nsf(single, [self.state[q] for q in single], group)
             for bucket in multi:
                 _multi_tensor_nsf(bucket, [self.state[q] for q in bucket], group)
+        if sharded:
+            _sharded_nsf(sharded)
         return loss
 
     def _split(self, group: dict[str, Any]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Create missing states and deal the parameters to the two paths, the second by device and dtype."""
+        """Create missing states; deal the whole parameters to the two paths, the second by device and dtype."""
         single: list[Tensor] = []
         multi: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
         for param in group["params"]:
@@ -166,6 +172,8 @@ class NSF(Optimizer):
             if low_precision and group["kahan"] is not False and "compensation" not in state:
                 state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             foreach = param.device.type != "cpu" if group["foreach"] is None else group["foreach"]
+            if is_sharded(param):
+                continue
             if foreach and not low_precision and type(param) in (Tensor, torch.nn.Parameter):
                 multi.setdefault((param.device, param.dtype, param.grad.dtype), []).append(param)
             else:
@@ -198,12 +206,6 @@ def _bias_corrections(state: dict[str, Any], b1: float, b2: float) -> tuple[floa
     return 1 - b1**t, 1 - b2**t
 
 
-def _norm(x: Tensor) -> Tensor:
-    """2-norm of the whole tensor in float64, where no square of a float32 overflows or underflows."""
-    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
-    return cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm
-
-
 def _length_ratio(adam_norm: Tensor, u_norm: Tensor) -> Tensor:
     """S = ||m_hat / d|| / ||u||, and 1 where u = 0."""
     return torch.where(u_norm > 0, adam_norm / u_norm, torch.ones_like(u_norm))
@@ -211,39 +213,36 @@ def _length_ratio(adam_norm: Tensor, u_norm: Tensor) -> Tensor:
 
 def _single_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
     """The readable path, one tensor at a time."""
-    lr, p, (b1, b2), eps = _item(group["lr"]), _item(group["p"]), group["betas"], group["eps"]
     for param, state in zip(params, states, strict=True):
-        m, v, rest = state["exp_avg"], state["exp_avg_sq"], state.get("compensation")
-        g = param.grad.to(m.dtype)  # type: ignore[union-attr]
-        if group["maximize"]:
-            g = -g
-        # theta is the parameter itself, or its exact value in float32 where the parameter is of lower precision.
-        theta = param if param.dtype == m.dtype else param.to(m.dtype)
-        if rest is not None:
-            theta = theta + rest
+        _update_moments(param.grad, state, group)
+        a, u = _adam_step_and_direction(state, group)
+        if u is not a:
+            u.mul_(_length_ratio(_norm(a), _norm(u)).to(u.dtype))
+        _move(param, u, state, group)
 
-        state["step"] += 1
-        c1, c2 = _bias_corrections(state, b1, b2)
-        theta.mul_(1 - lr * group["weight_decay"])
-        m.lerp_(g, 1 - b1)
-        v.mul_(b2).addcmul_(g, g, value=1 - b2)
 
-        if group["step_scale"] == "raw":
-            theta.addcdiv_(m, (v / c2).pow_(p).add_(eps), value=-lr / c1)
-        else:
-            d = (v.sqrt() / c2**0.5).add_(eps)
-            a = _adam_step(m, d, eps)  # Adam's step, up to 1 / c1
-            if p == 0.5:
-                theta.add_(a, alpha=-lr / c1)
-            else:
-                u = a * _weights(d, p)
-                s = _length_ratio(_norm(a), _norm(u))
-                theta.sub_(u.mul_(s.mul_(lr / c1).to(u.dtype)))
+def _update_moments(grad: Any, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """`m <- b1 m + (1-b1) g`, `v <- b2 v + (1-b2) g^2`, and one more step."""
+    (b1, b2), m, v = group["betas"], state["exp_avg"], state["exp_avg_sq"]
+    g = grad.to(m.dtype)
+    if group["maximize"]:
+        g = -g
+    state["step"] += 1
+    m.lerp_(g, 1 - b1)
+    v.mul_(b2).addcmul_(g, g, value=1 - b2)
 
-        if theta is not param:
-            param.copy_(theta)
-            if rest is not None:
-                rest.copy_(theta - param.to(m.dtype))
+
+def _adam_step_and_direction(state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Adam's step `a = m_hat / d` and NSF's direction `u = m_hat d^(-2p)`, the same tensor where no length is lent."""
+    p, (b1, b2), eps = _item(group["p"]), group["betas"], group["eps"]
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    c1, c2 = _bias_corrections(state, b1, b2)
+    if group["step_scale"] == "raw":
+        u = m / (v / c2).pow_(p).add_(eps).mul_(c1)
+        return u, u
+    d = (v.sqrt() / c2**0.5).add_(eps)
+    a = _adam_step(m, d, eps).div_(c1)
+    return (a, a) if p == 0.5 else (a, a * _weights(d, p))
 
 
 def _adam_step(m: Tensor, d: Tensor, eps: float) -> Tensor:
@@ -255,6 +254,25 @@ def _weights(d: Tensor, p: float) -> Tensor:
     """d^(1-2p), so that u = m d^(-2p) = (m / d) d^(1-2p); bounded, that no inf meets a 0."""
     bound = torch.finfo(d.dtype).max ** 0.75
     return d.pow(1 - 2 * p).clamp_(max=bound)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """2-norm in float64, where no square of a float32 overflows or underflows."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64)
+
+
+def _move(param: Tensor, u: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """`theta <- theta - eta (u + lambda theta)`, u being scaled already; what rounding drops is kept, if asked for."""
+    lr, rest = _item(group["lr"]), state.get("compensation")
+    # theta is the parameter itself, or its exact value in float32 where the parameter is of lower precision.
+    theta = param if param.dtype == u.dtype else param.to(u.dtype)
+    if rest is not None:
+        theta = theta + rest
+    theta.mul_(1 - lr * group["weight_decay"]).sub_(u, alpha=lr)
+    if theta is not param:
+        param.copy_(theta)
+        if rest is not None:
+            rest.copy_(theta - param.to(u.dtype))
 
 
 def _multi_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
@@ -300,3 +318,37 @@ def _multi_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group:
         torch._foreach_mul_(steps, list(ratios.to(dtype).unbind()))
         torch._foreach_mul_(steps, [-lr / c1 for c1, _ in corrections])
     torch._foreach_add_(params, steps)
+
+
+def _sharded_nsf(work: list[tuple[Any, dict[str, Any], dict[str, Any]]]) -> None:
+    """The same for DTensors: each process moves its shard by a length that is the whole tensor's.
+
+    Parameters without a gradient take part in the collective with zeros, so that it has one size on all processes.
+    """
+    # Between the two halves only the sums travel; u is made anew rather than kept, one tensor at a time.
+    locals_ = []
+    pairs, meshes, placements = [], [], []
+    for param, state, group in work:
+        local = {name: to_local(value) for name, value in state.items()}
+        locals_.append(local)
+        if param.grad is not None:
+            _update_moments(grad_shard(param), local, group)
+        if group["step_scale"] == "raw" or _item(group["p"]) == 0.5:
+            continue
+        zero = torch.zeros(2, dtype=torch.float64, device=to_local(param).device)
+        if param.grad is not None:
+            a, u = _adam_step_and_direction(local, group)
+            zero = torch.stack([_norm(a), _norm(u)]).square_()
+        pairs.append(zero)
+        meshes.append(param.device_mesh)
+        placements.append(param.placements)
+    sums = iter(sum_over_shards(pairs, meshes, placements))
+    for (param, _, group), local in zip(work, locals_, strict=True):
+        lent = group["step_scale"] == "adam" and _item(group["p"]) != 0.5
+        norms = next(sums).sqrt() if lent else None
+        if param.grad is None:
+            continue
+        _, u = _adam_step_and_direction(local, group)
+        if norms is not None:
+            u.mul_(_length_ratio(norms[0], norms[1]).to(u.dtype))
+        _move(to_local(param), u, local, group)

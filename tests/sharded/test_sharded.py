@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sharded parameters (FSDP2, tensor parallelism, their mix with plain ones) give the steps of whole parameters."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+CASES = ["nsf p=0.5", "nsf p=0.0", "nsf p=-0.25", "nsf raw", "lcam", "lcam foreach"]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sharded_training_is_whole_training_with_one_collective_a_step(processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(WORKER)], capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed")] == CASES
