@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
+from hf_nsf.trainer.options import OPTIONS, parse_optim_args
+
 SGD_LIKE = ("lcam", "sgd")
 _TIMINGS = ("_runtime", "_per_second")
 
@@ -47,12 +49,15 @@ class ExampleTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Whether to pin memory for a GPU."})
 
     def __post_init__(self) -> None:
-        """Check the second optimizer's name beside the Trainer's own checks."""
+        """Check the second optimizer and both texts of options beside the Trainer's own checks."""
         super().__post_init__()
         if self.compare_with is not None:
             allowed = [name.value for name in OptimizerNames]
             if self.compare_with not in allowed:
                 raise DataError(f"compare_with={self.compare_with!r} is unknown: allowed are {', '.join(allowed)}.")
+        for name, text in ((self.optim.value, self.optim_args), (self.compare_with, self.compare_optim_args)):
+            if name in OPTIONS:
+                parse_optim_args(name, text)
 
 
 @dataclass
@@ -89,8 +94,17 @@ def parse_arguments(argument_types: tuple[type, ...], args: list[str] | None = N
 
     Returns:
         One object for each type.
+
+    Raises:
+        DataError: a value is not allowed, or the file is missing.
     """
-    parser = HfArgumentParser(argument_types)
+    try:
+        return _parse(HfArgumentParser(argument_types), args)
+    except ValueError as error:
+        raise DataError(" ".join(str(error).split())) from None
+
+
+def _parse(parser: HfArgumentParser, args: list[str] | None) -> tuple[Any, ...]:
     args = sys.argv[1:] if args is None else args
     if len(args) == 1 and args[0].endswith((".json", ".yaml", ".yml")):
         file = Path(args[0])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -309,3 +310,19 @@ def test_docstrings_within_a_point_of_adamw(tmp_path: Path, optimizer: str) -> N
     )
     ours, adamw = (result["test_accuracy"] for result in report["runs"])
     assert ours >= adamw - 0.01
+
+
+WRONG_OPTIONS = [
+    (["--optim", "nsf", "--optim_args", "p_mni=0"], ["p_mni", "did you mean 'p_min'"]),
+    (["--compare_with", "lcam", "--compare_optim_args", "low_loss_momentum=2"], ["low_loss_momentum=2", "[0, 1)"]),
+    (["--eval_strategy", "sometimes"], ["sometimes"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), WRONG_OPTIONS)
+def test_wrong_options_end_the_script_with_one_sentence(flags, words, tmp_path):
+    script = EXAMPLES / "image_classification.py"
+    command = [sys.executable, str(script), "--output_dir", str(tmp_path), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words)

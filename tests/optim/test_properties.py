@@ -6,9 +6,10 @@ import pickle
 
 import pytest
 import torch
+from nsf_reference import REFERENCES
 from torch import nn
 
-from hf_nsf import LCAM, NSF
+from hf_nsf import LCAM, NSF, p_schedule
 
 SHAPES = [(5, 7), (3,), (), (0,), (4, 1, 2)]
 P = [0.5, 0.25, 0.0, -0.25, -0.5, 1.0]
@@ -49,29 +50,25 @@ def test_nsf_at_one_half_is_adamw(path, options, dtype, bound):
         assert worst(a, b) <= bound
 
 
-def raw_reference(theta, grads, lr, p, b1, b2, eps, decay):
-    """arXiv 2509.04713 in Python's own floats."""
-    m = v = 0.0
-    for t, g in enumerate(grads, start=1):
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        theta *= 1 - lr * decay
-        theta -= lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)) ** p + eps)
-    return theta
-
-
-@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("step_scale", ["raw", "adam"])
+@pytest.mark.parametrize("p", [*P, "cycled"])
 @pytest.mark.parametrize("foreach", [True, False])
-def test_raw_formula(p, foreach):
+def test_formulas_in_pythons_own_floats(p, foreach, step_scale):
+    """An independent reference, coordinate by coordinate, with p fixed and with p rewritten before each step."""
+    knobs = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
     for seed in range(3):
-        grads = torch.randn(60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        q = nn.Parameter(torch.tensor([1.5], dtype=torch.float64))
-        optimizer = NSF(
-            [q], lr=1e-2, p=p, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, step_scale="raw", foreach=foreach
-        )
-        for g in grads:
-            q.grad = g.reshape(1)
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        grads = torch.randn(60, 3, 4, generator=generator, dtype=torch.float64)
+        exponents = p_schedule(range(60), p_min=-0.5, p_max=0.5, cycle_steps=17) if p == "cycled" else [p] * 60
+        q = nn.Parameter(start.clone())
+        optimizer = NSF([q], step_scale=step_scale, foreach=foreach, **knobs)
+        for exponent, g in zip(exponents, grads, strict=True):
+            optimizer.param_groups[0]["p"] = exponent
+            q.grad = g.clone()
             optimizer.step()
-        assert q.item() == pytest.approx(raw_reference(1.5, grads.tolist(), 1e-2, p, 0.8, 0.95, 1e-6, 0.1), rel=1e-12)
+        expected = REFERENCES[step_scale](start.flatten().tolist(), grads.flatten(1).tolist(), exponents, **knobs)
+        assert q.flatten().tolist() == pytest.approx(expected, rel=1e-11)
 
 
 @pytest.mark.parametrize("foreach", [True, False])
