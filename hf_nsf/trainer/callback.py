@@ -23,6 +23,29 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+def check_same_options(optimizer: Any, options: dict[str, Any]) -> None:
+    """Refuse, on every process, a run whose processes have different options (ValueError, one sentence)."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return
+    from accelerate.utils import gather_object
+
+    ours = {f"optim_args {name}": repr(value) for name, value in options.items()}
+    for index, group in enumerate(optimizer.param_groups):
+        for name, value in group.items():
+            if name not in ("params", "param_names"):
+                ours[f"group {index} {name}"] = repr(float(value) if isinstance(value, torch.Tensor) else value)
+    first, *others = gather_object([(type(optimizer).__name__, ours)])
+    for rank, (kind, theirs) in enumerate(others, start=1):
+        names = sorted(name for name in first[1].keys() | theirs.keys() if first[1].get(name) != theirs.get(name))
+        if kind != first[0] or names:
+            a, b = ({name: options.get(name) for name in names[:3]} for options in (first[1], theirs))
+            raise ValueError(
+                f"The processes have different options: process 0 trains with {first[0]} {a}, process {rank} with "
+                f"{kind} {b}; give all the same optim, optim_args and learning rate."
+            )
+
+
 class SpectralCallback(TrainerCallback):
     """Drives :class:`hf_nsf.LossPhase` or :class:`hf_nsf.PCycle` from a Trainer; does nothing for other optimizers.
 
@@ -60,6 +83,7 @@ class SpectralCallback(TrainerCallback):
         options: dict[str, Any] | None = None
         if args.optim == name and name in OPTIONS:
             options = parse_optim_args(name, args.optim_args)[1]
+        check_same_options(inner, options or {})
         resumed = state.global_step > 0
         self._optimizer = inner
         self._resumed_in_epoch = resumed and not float(state.epoch or 0).is_integer()
@@ -67,7 +91,8 @@ class SpectralCallback(TrainerCallback):
         if isinstance(inner, LCAM):
             if resumed and "loss_count" not in first:
                 logger.warning(
-                    "The checkpoint has no optimizer state (save_only_model?): LCAM begins its loss mean anew."
+                    "The checkpoint has no optimizer state (save_only_model?): LCAM's momentum buffers are lost, and "
+                    "it begins its loss mean anew in the high phase."
                 )
             self._phase = LossPhase(inner, **(options or {}))
             if not resumed:
@@ -75,6 +100,11 @@ class SpectralCallback(TrainerCallback):
         elif options is not None:  # an NSF made by the user without the string keeps the p that it was given
             known = resumed and "p_cycle_step" in first
             self._cycle = PCycle(inner, **cycle_arguments(options, state.max_steps))
+            if resumed and not known:
+                logger.warning(
+                    "The checkpoint has no optimizer state (save_only_model?): NSF's moments are lost; p goes on from "
+                    "the number of the step."
+                )
             if not known:
                 self._cycle.move_to(state.global_step)
 

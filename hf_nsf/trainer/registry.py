@@ -14,11 +14,13 @@ from typing import Any
 import transformers
 from transformers import Trainer, TrainerCallback
 from transformers import trainer as host_trainer
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..optim import LCAM, NSF
-from .callback import SpectralCallback
+from .callback import SpectralCallback, unwrap_optimizer
+from .checkpoints import last_whole_checkpoint, optimizer_of_checkpoint
 from .options import first_p, parse_optim_args
 
 try:
@@ -88,14 +90,48 @@ def _is_ours(callback: type[TrainerCallback] | TrainerCallback) -> bool:
     return any(base.__name__ == "SpectralCallback" for base in cls.__mro__)
 
 
+def _optimizer_of_run(trainer: Trainer) -> str:
+    """Name of the optimizer of a run: "lcam" or "nsf" however it was given, else a class or what `args.optim` says."""
+    made: Any = unwrap_optimizer(trainer.optimizer)
+    given = getattr(trainer, "optimizer_cls_and_kwargs", None)
+    cls = type(made) if made is not None else given[0] if given else None
+    for base, name in ((LCAM, "lcam"), (NSF, "nsf")):
+        if isinstance(cls, type) and issubclass(cls, base):
+            return name
+    if cls is not None:
+        return cls.__name__
+    return str(getattr(trainer.args.optim, "value", trainer.args.optim))
+
+
+def _checked_checkpoint(trainer: Trainer, checkpoint: Any) -> Any:
+    """The checkpoint to resume from: a whole one where the run asks for the last, and one of the same optimizer."""
+    ours = _optimizer_of_run(trainer)
+    if checkpoint is True and ours in _HANDLERS and trainer.args.output_dir:
+        last, broken = last_whole_checkpoint(trainer.args.output_dir, trainer.args.world_size)
+        if broken and last:
+            logger.warning(f"The save of {', '.join(broken)} did not come to its end: resuming from {last}.")
+        checkpoint = last or checkpoint  # without any, the Trainer says so itself
+    folder = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else checkpoint
+    if isinstance(folder, str):
+        theirs = optimizer_of_checkpoint(folder)
+        if theirs is not None and (theirs in _HANDLERS or ours in _HANDLERS) and theirs != ours:
+            raise ValueError(
+                f"{folder} holds the optimizer state of {theirs} and this run trains with {ours}: resume with the same "
+                "optimizer, or start a new run from the checkpoint's weights."
+            )
+    return checkpoint
+
+
 def _listening(train: Any) -> Any:
     """`Trainer.train` with its training_step's results handed to our callback."""
 
     @functools.wraps(train)
-    def wrapper(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         optim = str(getattr(self.args.optim, "value", self.args.optim))
         if optim in _HANDLERS:  # here too, since the host's own parser fails on some texts with a bare error
             parse_optim_args(optim, self.args.optim_args)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = _checked_checkpoint(self, resume_from_checkpoint)
         callback: Any = next((c for c in self.callback_handler.callbacks if _is_ours(c)), None)
         if callback is None:
             if optim in _HANDLERS:
@@ -103,7 +139,7 @@ def _listening(train: Any) -> Any:
                     f"optim={optim} without its SpectralCallback: momentum and p stay constant. "
                     "Put it back with trainer.add_callback(hf_nsf.SpectralCallback)."
                 )
-            return train(self, *args, **kwargs)
+            return train(self, resume_from_checkpoint, *args, **kwargs)
 
         own = self.__dict__.get("training_step")
         training_step = self.training_step  # bound, the most derived one
@@ -116,7 +152,7 @@ def _listening(train: Any) -> Any:
 
         self.__dict__["training_step"] = observed
         try:
-            return train(self, *args, **kwargs)
+            return train(self, resume_from_checkpoint, *args, **kwargs)
         finally:
             if own is None:
                 self.__dict__.pop("training_step", None)

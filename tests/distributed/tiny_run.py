@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tiny training with a stock Trainer, described by a dict, so that any launcher's process can make it.
+
+Run as a script with a JSON file of jobs and a folder, it makes all of them, and each process writes what it holds at
+the end of a job to `<folder>/<job>-<rank>.pt`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+import hf_nsf
+
+OPTIMIZERS = {
+    "lcam": {"optim": "lcam", "optim_args": "low_loss_momentum=0.8,high_loss_momentum=0.9", "learning_rate": 0.05},
+    "nsf": {"optim": "nsf", "optim_args": "p_min=-0.25,p_max=0.5,cycles=2", "learning_rate": 1e-2},
+    "sgd": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05},
+    "adamw": {"optim": "adamw_torch", "learning_rate": 1e-2},
+}
+LOGGED = ("loss", "step", "learning_rate", "nsf_p", "lcam_momentum", "lcam_loss_phase", "lcam_loss_mean")
+
+
+class Rows(Dataset):
+    """Random rows with a learnable, noisy label. From row `nan_row` on the rows are not numbers."""
+
+    def __init__(self, size=96, nan_rows=()):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(size, 6, generator=generator)
+        self.labels = ((self.x[:, 0] + 0.5 * torch.randn(size, generator=generator)) > 0).long()
+        self.x[list(nan_rows)] = float("nan")
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return {"x": self.x[index], "labels": self.labels[index]}
+
+
+class Averaging(nn.Module):
+    """A small network with dropout if asked for; its loss is the mean over the batch."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 2))
+
+    def forward(self, x, labels=None):
+        logits = self.layers(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def arguments(folder, optimizer, **changes):
+    values = {
+        "output_dir": str(folder), "num_train_epochs": 3, "per_device_train_batch_size": 8, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 5,
+        "logging_nan_inf_filter": False, **OPTIMIZERS.get(optimizer, {}),
+    }  # fmt: skip
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        values["ddp_backend"] = "gloo"
+    values.update(changes)
+    return TrainingArguments(**values)
+
+
+def make_trainer(folder, optimizer, dropout=0.0, dataset=None, callbacks=None, **changes):
+    set_seed(3)
+    return Trainer(
+        model=Averaging(dropout),
+        args=arguments(folder, optimizer, **changes),
+        train_dataset=Rows() if dataset is None else dataset,
+        callbacks=callbacks,
+    )
+
+
+def held(trainer):
+    """Everything that must be the same: weights, moments, groups, logged values."""
+    optimizer = trainer.optimizer.optimizer.state_dict()
+    logs = [{k: e[k] for k in LOGGED if k in e} for e in trainer.state.log_history if "loss" in e]
+    return {
+        "weights": {name: value.detach().clone() for name, value in trainer.model.state_dict().items()},
+        "state": optimizer["state"],
+        "groups": optimizer["param_groups"],
+        "logs": logs,
+    }
+
+
+def same(a, b):
+    """Bit for bit the same, through dicts and lists; two NaNs are the same."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a.view(-1).isnan(), b.view(-1).isnan()) and (
+            torch.equal(a.nan_to_num(), b.nan_to_num())
+        )  # fmt: skip
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+class _Dies(TrainerCallback):
+    """Ends one process, as a crash does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step and int(os.environ["RANK"]) == 1:
+            os._exit(9)
+
+
+def run_job(job, folder):
+    """Make one training; return what this process holds, and how often it called all_reduce in Python."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    job = dict(job)
+    name, optimizer = job.pop("name"), job.pop("optimizer")
+    if job.pop("different_options", False) and rank == 1:
+        job["optim_args"] = "low_loss_momentum=0.7,high_loss_momentum=0.9"
+    nan_rows, dies = job.pop("nan_rows", ()), job.pop("dies_at", None)
+    resume, local = job.pop("resume", None), job.pop("local_losses", False)
+    job.setdefault("per_device_train_batch_size", 16 // processes)
+    dataset = Rows(job.pop("size", 96), nan_rows)
+
+    calls, all_reduce, reduced_mean = [], torch.distributed.all_reduce, hf_nsf.LossPhase._mean_over_processes
+
+    def counted(tensor, *args, **kwargs):
+        calls.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    if local:  # the negative control: decide from this process' own loss
+        hf_nsf.LossPhase._mean_over_processes = staticmethod(float)
+    try:
+        callbacks = [_Dies(dies)] if dies is not None else None
+        trainer = make_trainer(Path(folder, name), optimizer, dataset=dataset, callbacks=callbacks, **job)
+        error = None
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except ValueError as caught:
+            error = str(caught)
+    finally:
+        torch.distributed.all_reduce = all_reduce
+        hf_nsf.LossPhase._mean_over_processes = staticmethod(reduced_mean)
+    result = {"error": error, "reduced": calls, "processes": processes}
+    if error is None:
+        result.update(held(trainer), steps=trainer.state.global_step)
+    return result
+
+
+if __name__ == "__main__":
+    jobs, target = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
+    for each in jobs:
+        torch.save(run_job(each, target), Path(target, f"{each['name']}-{os.environ.get('RANK', 0)}.pt"))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains, is killed, resumes, and compares with a training that nobody interrupted.
+
+One process imports the libraries and then forks every training (one child per rank), so that a kill costs half a
+second and not ten. A child writes a byte at each step; the parent waits for a random step and a random moment within
+it and sends SIGKILL to all ranks, which also hits saves half-way. Called as
+
+    kill_chain.py OPTIMIZER KILLS PROCESSES FOLDER
+
+it prints the number of kills that hit a running training, and exits with an error at the first difference.
+"""
+
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import tiny_run
+import torch
+from transformers import TrainerCallback
+
+STEPS = 36
+SETTINGS = {"dropout": 0.2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "num_train_epochs": 6}
+
+
+class _Reports(TrainerCallback):
+    """Writes a byte for each step begun."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        os.write(self.pipe, b".")
+
+
+def _train(optimizer, folder, resume, rank, processes, port, pipe):
+    """What a child does."""
+    if processes > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    trainer = tiny_run.make_trainer(
+        folder, optimizer, callbacks=[_Reports(pipe)], per_device_train_batch_size=16 // processes, **SETTINGS
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    torch.save(tiny_run.held(trainer), Path(folder, f"final-{rank}.pt"))
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run(optimizer, folder, processes, kill_after=None, delay=0.0):
+    """Fork a training, from the last checkpoint if there is one; whether it ended before it could be killed."""
+    resume = any(Path(folder).glob("checkpoint-*/trainer_state.json"))
+    reading, writing = os.pipe()
+    port = _free_port()
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.close(reading)
+                own = writing if rank == 0 else os.open(os.devnull, os.O_WRONLY)
+                _train(optimizer, folder, resume, rank, processes, port, own)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    os.close(writing)
+    seen = 0
+    while kill_after is not None and seen < kill_after and os.read(reading, 1):
+        seen += 1
+    if kill_after is not None and seen == kill_after:
+        time.sleep(delay)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    os.close(reading)
+    if kill_after is None or -signal.SIGKILL not in codes:
+        assert codes == [0] * processes, f"a training that nobody killed ended with {codes}"
+        return True
+    return False
+
+
+def main(optimizer, kills, processes, folder):
+    whole = Path(folder, "whole")
+    run(optimizer, whole, processes)
+    expected = [torch.load(whole / f"final-{rank}.pt", weights_only=True) for rank in range(processes)]
+    assert [entry["step"] for entry in expected[0]["logs"]] == list(range(1, STEPS + 1))
+    draw = random.Random(f"{optimizer} {processes}")
+    hit, chain, resumed = 0, 0, 0
+    while hit < kills:
+        chain += 1
+        broken = Path(folder, f"chain-{chain}")
+        for _ in range(4):  # several kills in one training, as long as it is under way
+            if hit < kills and not run(optimizer, broken, processes, draw.randint(1, 14), draw.uniform(0, 0.02)):
+                hit += 1
+                resumed += any(broken.glob("checkpoint-*/trainer_state.json"))
+        run(optimizer, broken, processes)
+        for rank in range(processes):
+            ours = torch.load(broken / f"final-{rank}.pt", weights_only=True)
+            for key in ("weights", "state", "groups", "logs"):
+                assert tiny_run.same(ours[key], expected[rank][key]), f"chain {chain}, rank {rank}: {key} differ"
+    print(f"{hit} kills in {chain} trainings, {resumed} with a checkpoint to resume from")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL at random moments: what is resumed ends as if nothing had happened, bit for bit."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CASES = [
+    pytest.param("lcam", 2, 1),
+    pytest.param("nsf", 2, 1),
+    *(pytest.param(name, 20, 1, marks=pytest.mark.slow) for name in ("lcam", "nsf")),
+    *(pytest.param(name, 5, 2, marks=pytest.mark.slow) for name in ("lcam", "nsf")),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "kills", "processes"), CASES)
+def test_killed_runs_end_as_uninterrupted_ones(optimizer, kills, processes, tmp_path):
+    paths = [str(HERE), str(HERE.parent / "distributed"), str(HERE.parents[1])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "kill_chain.py"), optimizer, str(kills), str(processes), str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = re.search(r"(\d+) kills in \d+ trainings, (\d+) with a checkpoint", done.stdout)
+    assert counts and int(counts[1]) == kills and int(counts[2]) > 0
