@@ -41,3 +41,13 @@ def test_snippet(index, tmp_path, monkeypatch):
 def test_ci_calls_the_test_command_of_the_readme():
     ci = (README.parent / ".ci" / "run").read_text()
     assert "python -m pytest" in ci and "python -m pytest" in README.read_text()
+
+
+CLAIMS = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", README.read_text())
+
+
+def test_every_test_that_the_readme_names_exists():
+    assert len(CLAIMS) >= 10
+    for file, name in CLAIMS:
+        text = (README.parent / file).read_text()
+        assert f"def {name}(" in text if name else "def test_" in text or file.endswith("run_versions.py"), (file, name)

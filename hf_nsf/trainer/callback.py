@@ -52,7 +52,8 @@ class SpectralCallback(TrainerCallback):
     Every Trainer made after `import hf_nsf` has its own, so users need not add one. While `Trainer.train` runs, each
     value that `training_step` returns is handed to :meth:`observe`; the sum over an update's micro-batches is the loss
     that the Trainer logs, and the one that LCAM compares. An update of fewer micro-batches than the run's usual number
-    takes no part in the decision: many models sum rather than average over an accumulation window.
+    takes no part in the decision, since many models sum rather than average over an accumulation window; where the
+    Trainer itself averages (`windows_are_averages`, set by the wrapper of `Trainer.train`) it does take part.
 
     Adds to the Trainer's logs the values used in that step: `nsf_p`; `lcam_momentum`, `lcam_loss_phase` (the phase that
     chose it: 1 low, 0 high) and, once there is one, `lcam_loss_mean` (the mean that decided).
@@ -66,11 +67,18 @@ class SpectralCallback(TrainerCallback):
         self._used: dict[str, float] = {}
         self._resumed_in_epoch = False
         self._warned = False
+        self.windows_are_averages = False
 
     def observe(self, loss: Any) -> None:
         """Take the loss of one micro-batch, as `Trainer.training_step` returned it."""
         if self._phase is not None:
             self._losses.append(loss.detach() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss)))
+
+    def on_init_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        """Refuse wrong `optim_args` as soon as the Trainer is made."""
+        name = str(getattr(args.optim, "value", args.optim))
+        if name in OPTIONS:
+            parse_optim_args(name, args.optim_args)
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         """Attach to the optimizer; go on from its groups after a resume, begin anew otherwise."""
@@ -147,7 +155,8 @@ class SpectralCallback(TrainerCallback):
         usual = max(len(losses), self._optimizer.param_groups[0].get("loss_window", 0))
         for group in self._optimizer.param_groups:
             group["loss_window"] = usual
-        self._phase.step(torch.stack(losses).sum(), skipped=skipped or len(losses) < usual)
+        comparable = self.windows_are_averages or len(losses) == usual
+        self._phase.step(torch.stack(losses).sum(), skipped=skipped or not comparable)
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         """Add the values used to the log of a training loss, before trackers see it."""

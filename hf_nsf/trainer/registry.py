@@ -141,6 +141,12 @@ def _listening(train: Any) -> Any:
                 )
             return train(self, resume_from_checkpoint, *args, **kwargs)
 
+        # For a model that takes no loss arguments the Trainer divides by the number of micro-batches of each window.
+        callback.windows_are_averages = (
+            not getattr(self, "model_accepts_loss_kwargs", True)
+            and getattr(self, "compute_loss_func", None) is None
+            and type(self).training_step is Trainer.training_step
+        )
         own = self.__dict__.get("training_step")
         training_step = self.training_step  # bound, the most derived one
 

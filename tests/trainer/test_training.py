@@ -157,16 +157,31 @@ def test_the_loss_used_is_the_loss_logged(cls, changes, extra, tmp_path):
     assert [entry["lcam_momentum"] for entry in logs[-33:]] == momenta_from_losses(logs[-33:], 11)
 
 
-@pytest.mark.parametrize("model", [bert, Averaging])
-def test_short_last_windows_of_accumulation_take_no_part(model, tmp_path):
-    # 11 batches in windows of 4, 4 and 3: the third sums fewer losses than the others.
+def accumulated(model, folder, batch_size, windows):
     set_seed(1)
-    args = arguments(tmp_path, **OPTIMIZERS["lcam"], gradient_accumulation_steps=4, remove_unused_columns=False)
+    args = arguments(folder, **OPTIMIZERS["lcam"], per_device_train_batch_size=batch_size,
+                     gradient_accumulation_steps=windows, remove_unused_columns=False)  # fmt: skip
     trainer = Trainer(model=model(), args=args, train_dataset=Words())
     trainer.train()
     logs = train_logs(trainer)
     assert len(logs) == 9
+    return logs
+
+
+def test_short_last_windows_of_a_summing_model_take_no_part(tmp_path):
+    # 11 batches in windows of 4, 4 and 3: BERT logs the sum over the window, so the third is lower by itself.
+    logs = accumulated(bert, tmp_path, 4, 4)
     assert [entry["lcam_momentum"] for entry in logs] == momenta_from_losses(logs, 3, left_out=(2,))
+
+
+def test_accumulation_changes_no_phase_where_the_trainer_averages(tmp_path):
+    """16, 16 and 12 rows an update, as one batch or as 4, 4 and 3 micro-batches of 4."""
+    whole, parts = accumulated(Averaging, tmp_path / "1", 16, 1), accumulated(Averaging, tmp_path / "4", 4, 4)
+    assert [e["loss"] for e in parts] == pytest.approx([e["loss"] for e in whole], rel=1e-5)
+    for key in ("lcam_momentum", "lcam_loss_phase"):
+        assert [e[key] for e in parts] == [e[key] for e in whole]
+    assert [e["lcam_momentum"] for e in parts] == momenta_from_losses(parts, 3)
+    assert len({e["lcam_momentum"] for e in parts}) == 2
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -203,7 +218,10 @@ def test_defaults_are_a_narrow_cycle_beside_adam(tmp_path):
 
 @pytest.mark.parametrize("text", ["p=0.5,", "momentun=0.9", "p"])
 def test_bad_options_stop_before_training(text, tmp_path):
-    trainer = Trainer(model=bert(), args=arguments(tmp_path, optim="nsf", optim_args=text), train_dataset=Words())
+    with pytest.raises(ValueError, match="optim_args|Unknown option"):
+        Trainer(model=bert(), args=arguments(tmp_path, optim="nsf", optim_args=text), train_dataset=Words())
+    trainer = Trainer(model=bert(), args=arguments(tmp_path, optim="nsf"), train_dataset=Words())
+    trainer.args.optim_args = text  # as a search over options sets it
     with pytest.raises(ValueError, match="optim_args|Unknown option"):
         trainer.train()
     assert trainer.state.global_step == 0
