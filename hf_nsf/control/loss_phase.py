@@ -114,4 +114,10 @@ class LossPhase:
         from accelerate.utils import reduce
 
         local = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
-        return reduce(local.to(PartialState().device, torch.float32).reshape(()).clone(), "mean").item()
+        local = local.to(PartialState().device, torch.float32).reshape(()).clone()
+        world = distributed.get_world_size()
+        if PartialState().num_processes == world:
+            return reduce(local, "mean").item()
+        # accelerate takes DeepSpeed's processes on a CPU for single ones and would leave each with its own loss.
+        distributed.all_reduce(local)
+        return local.item() / world

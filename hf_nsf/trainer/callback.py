@@ -28,14 +28,15 @@ def check_same_options(optimizer: Any, options: dict[str, Any]) -> None:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
-    from accelerate.utils import gather_object
-
     ours = {f"optim_args {name}": repr(value) for name, value in options.items()}
     for index, group in enumerate(optimizer.param_groups):
         for name, value in group.items():
             if name not in ("params", "param_names"):
                 ours[f"group {index} {name}"] = repr(float(value) if isinstance(value, torch.Tensor) else value)
-    first, *others = gather_object([(type(optimizer).__name__, ours)])
+    told: list[Any] = [None] * distributed.get_world_size()
+    # Not through accelerate, which takes DeepSpeed's processes on a CPU for single ones.
+    distributed.all_gather_object(told, (type(optimizer).__name__, ours))
+    first, *others = told
     for rank, (kind, theirs) in enumerate(others, start=1):
         names = sorted(name for name in first[1].keys() | theirs.keys() if first[1].get(name) != theirs.get(name))
         if kind != first[0] or names:

@@ -157,9 +157,9 @@ def test_the_loss_used_is_the_loss_logged(cls, changes, extra, tmp_path):
     assert [entry["lcam_momentum"] for entry in logs[-33:]] == momenta_from_losses(logs[-33:], 11)
 
 
-def accumulated(model, folder, batch_size, windows):
+def accumulated(model, folder, batch_size, windows, optimizer=OPTIMIZERS["lcam"]):  # noqa: B008
     set_seed(1)
-    args = arguments(folder, **OPTIMIZERS["lcam"], per_device_train_batch_size=batch_size,
+    args = arguments(folder, **optimizer, per_device_train_batch_size=batch_size,
                      gradient_accumulation_steps=windows, remove_unused_columns=False)  # fmt: skip
     trainer = Trainer(model=model(), args=args, train_dataset=Words())
     trainer.train()
@@ -176,6 +176,10 @@ def test_short_last_windows_of_a_summing_model_take_no_part(tmp_path):
 
 def test_accumulation_changes_no_phase_where_the_trainer_averages(tmp_path):
     """16, 16 and 12 rows an update, as one batch or as 4, 4 and 3 micro-batches of 4."""
+    sgd = {"optim": "sgd", "learning_rate": 0.02}
+    theirs = [[e["loss"] for e in accumulated(Averaging, tmp_path, *parts, sgd)] for parts in ((16, 1), (4, 4))]
+    if theirs[0] != pytest.approx(theirs[1], rel=1e-5):  # transformers 5.2.0 divides the gradients twice
+        pytest.skip("this Trainer's accumulated steps differ from whole ones with any optimizer")
     whole, parts = accumulated(Averaging, tmp_path / "1", 16, 1), accumulated(Averaging, tmp_path / "4", 4, 4)
     assert [e["loss"] for e in parts] == pytest.approx([e["loss"] for e in whole], rel=1e-5)
     for key in ("lcam_momentum", "lcam_loss_phase"):
