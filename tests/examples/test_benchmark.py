@@ -35,6 +35,7 @@ def test_quick_table(tmp_path, capsys):
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_quick_scaling(tmp_path):
     benchmark.main(["--quick", "--scaling", "--output_dir", str(tmp_path), "--device", "cpu"])
     results = json.loads((tmp_path / "benchmark.json").read_text())["results"]
