@@ -23,6 +23,7 @@ JOBS = [
     {"name": "different", "optimizer": "lcam", "different_options": True},
     {"name": "nan", "optimizer": "lcam", "nan_rows": [40]},
     {"name": "uneven", "optimizer": "lcam", "size": 89},
+    {"name": "windows", "optimizer": "lcam", "counts_items": True, "gradient_accumulation_steps": 4},
 ]
 LAUNCHES = [
     pytest.param("torchrun", 2),
@@ -118,6 +119,19 @@ def test_a_last_batch_that_does_not_reach_every_rank(launcher, processes):
     assert first["steps"] == 18
     for other in others:
         assert all(same(first[key], other[key]) for key in ("weights", "state", "groups"))
+
+
+@pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
+def test_short_accumulation_windows_take_part_on_every_rank(launcher, processes):
+    # Six batches an epoch in windows of 4 and 2, of a model that divides by the items of its window on all ranks.
+    ranks, alone = results(launcher, processes)["windows"], results("none", 1)["windows"][0]
+    for rank in ranks:
+        assert all(same(ranks[0][key], rank[key]) for key in ("weights", "state", "groups"))
+        assert rank["groups"][0]["loss_windows_average"] == 1 and rank["groups"][0]["loss_window"] == 4
+    assert used(ranks[0], "lcam_loss_phase") == used(alone, "lcam_loss_phase") and len(alone["logs"]) == 6
+    losses = used(ranks[0], "loss")
+    means = [entry.get("lcam_loss_mean") for entry in ranks[0]["logs"]]
+    assert means[2] == pytest.approx(sum(losses[:2]) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize(("optimizer",), [("lcam",), pytest.param("nsf", marks=pytest.mark.slow)])
