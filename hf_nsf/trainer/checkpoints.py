@@ -81,7 +81,7 @@ def optimizer_of_checkpoint(folder: str) -> str | None:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return _owner(state["param_groups"][0] if state.get("param_groups") else ())
     sharded = os.path.join(folder, _OPTIMIZER_FOLDER)
-    if os.path.isdir(sharded):
+    if os.path.isfile(os.path.join(sharded, ".metadata")):
         names = _contents(sharded).state_dict_metadata
         return _owner(name.rpartition(".")[2] for name in names if ".param_groups." in name)
     return None
