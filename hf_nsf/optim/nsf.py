@@ -24,7 +24,15 @@ from .validation import check_at_least_zero, check_choice, check_decay, check_fi
 STEP_SCALES = ("adam", "raw")
 COMPILED_FROM = 1 << 20  # elements; smaller optimizers are stepped before a compiler has started
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-_KNOBS_ADDED_LATER = {"maximize": False, "foreach": None, "fused": None, "kahan": None, "step_scale": "adam", "p": 0.5}
+_KNOBS_ADDED_LATER = {
+    "maximize": False,
+    "foreach": None,
+    "fused": None,
+    "kahan": None,
+    "step_scale": "adam",
+    "p": 0.5,
+    "p_cycle_step": None,
+}
 
 
 class NSF(Optimizer):
@@ -96,6 +104,9 @@ class NSF(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "kahan": kahan,
+            # Of hf_nsf.PCycle: None until there is one. Here, since what loads a sharded state (FSDP2,
+            # torch.distributed.checkpoint) fills in the entries that it finds in the groups and adds none.
+            "p_cycle_step": None,
         }
         _check_group(defaults)
         super().__init__(params, defaults)
