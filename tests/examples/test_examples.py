@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from datasets import Dataset, DatasetDict
+from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import EvalPrediction
 
@@ -73,6 +75,45 @@ def test_no_two_sentences_open_alike(docstrings: DatasetDict) -> None:
     texts = [text for split in embedded_data.SPLITS for text in docstrings[split]["text"]]
     openings = [tuple(embedded_data.normalised_words(text)[: embedded_data.OPENING_WORDS]) for text in texts]
     assert len(set(openings)) == len(openings)
+
+
+def test_no_sentence_has_a_near_duplicate_in_another_split(docstrings: DatasetDict) -> None:
+    """All pairs, counted with matrices and not with the loader's index."""
+    sets = {
+        split: [set(embedded_data.normalised_words(text)) for text in docstrings[split]["text"]]
+        for split in embedded_data.SPLITS
+    }
+    shared = set.union(*sets["train"]) & set.union(*sets["validation"], *sets["test"])
+    shared |= set.union(*sets["validation"]) & set.union(*sets["test"])
+    column = {word: number for number, word in enumerate(sorted(shared))}
+    tables, sizes = {}, {}
+    for split, texts in sets.items():
+        table = np.zeros((len(texts), len(column)), dtype=np.float32)
+        for row, words in enumerate(texts):
+            table[row, [column[word] for word in words & shared]] = 1
+        tables[split], sizes[split] = table, np.array([len(words) for words in texts], dtype=np.float32)
+    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        both = csr_matrix(tables[b]) @ tables[a].T
+        jaccard = both / (sizes[b][:, None] + sizes[a][None, :] - both)
+        assert 0.5 < jaccard.max() < embedded_data.NEAR_DUPLICATE_SIMILARITY, (a, b)
+
+
+def test_near_duplicates_are_those_of_all_pairs() -> None:
+    generator = random.Random(0)
+    words = [first + second for first in "abcdef" for second in "xyz"]
+    splits = {
+        name: [" ".join(generator.choices(words, k=generator.randint(1, 9))) for _ in range(60)] for name in "abc"
+    }
+    for bound in (0.3, 0.5, 0.6, 1.0):
+        earlier: list[set[str]] = []
+        expected = {}
+        for name, texts in splits.items():
+            sets = [set(text.split()) for text in texts]
+            fresh = [all(len(x & y) / len(x | y) < bound for y in earlier) for x in sets]
+            expected[name] = [row for row, is_fresh in enumerate(fresh) if is_fresh]
+            earlier += [sets[row] for row in expected[name]]
+        assert embedded_data.without_near_duplicates(splits, bound) == expected
+        assert len(expected["a"]) == 60 and len(expected["c"]) < 60
 
 
 def test_sentences_hide_module_names_and_topic_words(docstrings: DatasetDict) -> None:
