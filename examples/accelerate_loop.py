@@ -174,10 +174,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     model_arguments, data_arguments, arguments = parse_arguments(types, args)
     output, accumulation = Path(arguments.output_dir), arguments.gradient_accumulation_steps
     accelerator = build_accelerator(arguments)
-    compute_metrics = build_compute_metrics(data_arguments.metric)
     with accelerator.main_process_first():
         processor = images.build_processor(model_arguments)
         data = images.load_images(data_arguments, processor, arguments.seed)
+    compute_metrics = build_compute_metrics(data_arguments.metric, len(data.label_names))
 
     set_seed(arguments.seed)
     model = images.build_model(model_arguments, data.label_names)
