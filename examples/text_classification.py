@@ -172,7 +172,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         train_dataset=data.splits["train"],
         eval_dataset=data.splits["validation"],
         test_dataset=data.splits.get("test"),
-        compute_metrics=build_compute_metrics(data_arguments.metric),
+        compute_metrics=build_compute_metrics(data_arguments.metric, len(data.label_names)),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
