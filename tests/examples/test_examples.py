@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from example_metrics import build_compute_metrics  # noqa: E402
 from example_training import parse_arguments, run  # noqa: E402
 
 OPTIMIZERS = ("nsf", "lcam")
+DOCSTRING_SEEDS = (1, 2, 3, 4, 5)  # one seed alone is off by half a point and more
 QUICK = ["--max_train_samples", "96", "--max_eval_samples", "64", "--num_train_epochs", "2", "--disable_tqdm", "true"]
 
 
@@ -479,16 +481,36 @@ def test_digits_reach_97_percent(tmp_path: Path, optimizer: str) -> None:
     assert report["runs"][0]["test_accuracy"] >= 0.97
 
 
-LCAM_IS_BEHIND = pytest.mark.xfail(reason="measured over three seeds: 2.3 points below AdamW", strict=False)
+@pytest.fixture(scope="module")
+def mean_docstring_accuracy(
+    tmp_path_factory: pytest.TempPathFactory, docstrings: DatasetDict
+) -> Callable[[str], dict[str, float]]:
+    """Return a function: an optimizer's accuracies with the script's defaults, means over the seeds, trained once."""
+
+    @functools.cache
+    def of(optimizer: str) -> dict[str, float]:
+        folder = tmp_path_factory.mktemp(optimizer)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(text_classification, "load_docstring_sentences", lambda: DatasetDict(docstrings))
+            runs = [
+                text_classification.main(["--output_dir", str(folder), "--optim", optimizer, "--seed", str(seed)])
+                for seed in DOCSTRING_SEEDS
+            ]
+        return {
+            key: float(np.mean([report["runs"][0][key] for report in runs]))
+            for key in ("validation_accuracy", "test_accuracy")
+        }
+
+    return of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["nsf", pytest.param("lcam", marks=LCAM_IS_BEHIND)])
-def test_docstrings_within_a_point_of_adamw(tmp_path: Path, optimizer: str) -> None:
-    report = text_classification.main(
-        ["--output_dir", str(tmp_path), "--optim", optimizer, "--compare_with", "adamw_torch"]
-    )
-    ours, adamw = (result["test_accuracy"] for result in report["runs"])
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_docstrings_within_a_point_of_adamw(
+    mean_docstring_accuracy: Callable[[str], dict[str, float]], optimizer: str, split: str
+) -> None:
+    ours, adamw = (mean_docstring_accuracy(name)[f"{split}_accuracy"] for name in (optimizer, "adamw_torch"))
     assert ours >= adamw - 0.01
 
 
