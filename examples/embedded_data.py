@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import ast
 import io
+import math
 import random
 import re
 import sysconfig
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,7 @@ TOPIC_MODULES = {
 MAX_SENTENCES_PER_MODULE = 250
 MIN_WORDS, MAX_WORDS = 6, 60
 OPENING_WORDS = 6
+NEAR_DUPLICATE_SIMILARITY = 0.6
 
 
 def load_digits_images() -> DatasetDict:
@@ -101,7 +103,8 @@ def load_docstring_sentences() -> DatasetDict:
     """Load the sentences of the standard library's docstrings, each labelled with the topic of its module.
 
     Only source files are read; nothing is imported. A module stands in one split only. Sentences that open with the
-    same words count as duplicates: one is kept, or none where they belong to different topics.
+    same words count as duplicates: one is kept, or none where they belong to different topics. Of sentences in
+    different splits whose sets of words have a Jaccard similarity of 0.6 or more, the one nearer to the training goes.
 
     Returns:
         Columns ``text``, ``label`` and ``module`` in the splits train, validation and test: the same ones for the same
@@ -134,6 +137,9 @@ def load_docstring_sentences() -> DatasetDict:
                 rows[split]["text"].append(text)
                 rows[split]["label"].append(topics.index(topic))
                 rows[split]["module"].append(module)
+    nearer_to_test_first = {split: rows[split]["text"] for split in reversed(SPLITS)}
+    for split, kept in without_near_duplicates(nearer_to_test_first, NEAR_DUPLICATE_SIMILARITY).items():
+        rows[split] = {name: [column[row] for row in kept] for name, column in rows[split].items()}
     features = Features({"text": Value("string"), "label": ClassLabel(names=topics), "module": Value("string")})
     return DatasetDict({split: Dataset.from_dict(columns, features=features) for split, columns in rows.items()})
 
@@ -169,6 +175,47 @@ def strip_words(text: str, words: set[str]) -> str:
 def normalised_words(text: str) -> list[str]:
     """Return the words of a text in lower case, without digits and signs."""
     return re.findall(r"[a-z]{2,}", text.lower())
+
+
+def similarity(first: set[str], second: set[str]) -> float:
+    """Return the Jaccard similarity of two sets of words: the share of words in both among those in either."""
+    shared = len(first & second)
+    return shared / (len(first) + len(second) - shared)
+
+
+def without_near_duplicates(splits: dict[str, list[str]], bound: float) -> dict[str, list[int]]:
+    """Find the texts that resemble no kept text of an earlier split.
+
+    Args:
+        splits: the texts of each split, those that shall lose nothing first.
+        bound: the similarity of two sets of words, in (0, 1], from which on two texts count as near-duplicates.
+
+    Returns:
+        The numbers of the texts to keep in each split.
+    """
+    sets = {split: [set(normalised_words(text)) for text in texts] for split, texts in splits.items()}
+    count = Counter(word for words in sets.values() for each in words for word in each)
+
+    def rarest(words: set[str]) -> list[str]:
+        # Two sets of this similarity share at least the share `bound` of the words of either. So they share one of the
+        # first few in any common order, and with the rarest words first, few other sets share it.
+        fewest_shared = math.ceil(bound * len(words) - 1e-9)
+        return sorted(words, key=lambda word: (count[word], word))[: len(words) - fewest_shared + 1]
+
+    earlier: dict[str, list[set[str]]] = defaultdict(list)
+
+    def resembles_an_earlier_one(words: set[str]) -> bool:
+        shortest, longest = bound * len(words), len(words) / bound
+        others = (other for word in rarest(words) for other in earlier[word] if shortest <= len(other) <= longest)
+        return any(similarity(words, other) >= bound for other in others)
+
+    keep: dict[str, list[int]] = {}
+    for split, texts in sets.items():
+        keep[split] = [row for row, words in enumerate(texts) if not resembles_an_earlier_one(words)]
+        for row in keep[split]:
+            for word in rarest(texts[row]):
+                earlier[word].append(texts[row])
+    return keep
 
 
 def assign_modules(sizes: dict[str, int]) -> dict[str, str]:

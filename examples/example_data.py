@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+SPLITS = ("train", "validation", "test")
 HELD_OUT_SHARE = 0.15
 
 
@@ -21,7 +22,7 @@ class DataError(ValueError):
 class DataArguments:
     """Where the data comes from. With none of these, an embedded data set is used."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the Hub."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, or a local folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_file: str | None = field(default=None, metadata={"help": "Local .parquet, .csv, .json or .jsonl file."})
     validation_file: str | None = field(
@@ -69,6 +70,7 @@ def load_data(
     splits = _load_splits(arguments, embedded)
     if "train" not in splits:
         raise DataError(f"The data has no train split: it has {', '.join(splits)}.")
+    splits = DatasetDict({name: splits[name] for name in SPLITS if name in splits})
     for name, split in splits.items():
         if len(split) == 0:
             raise DataError(f"The {name} split is empty: at least one row is needed.")
@@ -96,20 +98,19 @@ def load_data(
 
 
 def _load_splits(arguments: DataArguments, embedded: Callable[[], DatasetDict]) -> DatasetDict:
-    """Load the train, validation and test splits from the place that the arguments name."""
+    """Load all splits from the place that the arguments name."""
     files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
     files = {split: file for split, file in files.items() if file is not None}
     if arguments.dataset_name is not None:
         if files:
             raise DataError("Give either --dataset_name or local files, not both.")
         try:
-            loaded = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+            return load_dataset(arguments.dataset_name, arguments.dataset_config_name)
         except Exception as error:  # the Hub client raises many kinds
             raise DataError(
                 f"The data set {arguments.dataset_name!r} cannot be loaded ({_first_line(error)}): give the name of a "
-                "data set on the Hub that can be reached, or local files with --train_file."
+                "data set on the Hub that can be reached, a local folder, or local files with --train_file."
             ) from None
-        return DatasetDict({name: loaded[name] for name in ("train", "validation", "test") if name in loaded})
     if not files:
         return embedded()
     if "train" not in files:
@@ -134,7 +135,10 @@ def _load_file(file: str) -> Dataset:
         if "corresponds to no data" in str(error):  # what datasets says about a table without rows
             raise DataError(f"The file {file!r} is empty: at least one row is needed.") from None
         kind = FILE_FORMATS[path.suffix]
-        raise DataError(f"The file {file!r} cannot be read as {kind} ({_first_line(error)}).") from None
+        # What datasets raises says only that something went wrong, and keeps the reader's own error as the cause.
+        raise DataError(
+            f"The file {file!r} cannot be read as {kind} ({_first_line(error.__cause__ or error)})."
+        ) from None
 
 
 def _find_column(columns: list[str], wanted: str | None, candidates: Sequence[str]) -> str:
@@ -147,11 +151,18 @@ def _find_column(columns: list[str], wanted: str | None, candidates: Sequence[st
 
 
 def _encode_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, list[str]]:
-    """Number the labels in the order of their names; all labels must occur in, or be declared by, the train split."""
+    """Number the labels in the order of their names; all labels must occur in, or be declared by, the train split.
+
+    The other splits' labels are matched by name where they have names, since each may number them in its own order.
+    """
     declared = splits["train"].features[column]
     if isinstance(declared, ClassLabel):
         names = list(declared.names)
         known = {number: number for number in range(len(names))}
+    elif not isinstance(declared, Value):
+        raise DataError(
+            f"The labels in column {column!r} are of type {type(declared).__name__}: allowed are numbers and strings."
+        )
     else:
         values = splits["train"].unique(column)
         if any(value is None for value in values):
@@ -165,20 +176,24 @@ def _encode_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, list[
     if len(names) < 2:
         raise DataError(f"The column {column!r} holds one label only, {names[0]!r}: at least two are needed.")
 
+    by_name = {name: number for number, name in enumerate(names)}
     encoded = {}
     for name, split in splits.items():
         values = split[column][:]
+        own = split.features[column]
         if name == "test" and set(values) == {-1} and -1 not in known:
             print("The test split's labels are hidden (all are -1): nothing will be tested.")
             continue
-        unknown = sorted({str(value) for value in values if value not in known})
+        if isinstance(own, ClassLabel) and (isinstance(declared, ClassLabel) or set(own.names) & set(names)):
+            values = [own.names[value] if value is not None and value >= 0 else value for value in values]
+        numbers = [known.get(value, by_name.get(value if value is None else str(value))) for value in values]
+        unknown = sorted({str(value) for value, number in zip(values, numbers, strict=True) if number is None})
         if unknown:
             shown = ", ".join(map(repr, unknown[:5]))
             raise DataError(
                 f"The {name} split has labels that the train split does not know: {shown}; "
                 f"known are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
             )
-        numbers = [known[value] for value in values]
         encoded[name] = (
             split.remove_columns(column).add_column(column, numbers).cast_column(column, ClassLabel(names=names))
         )

@@ -31,17 +31,20 @@ class AccuracyAndF1(evaluate.Metric):
         }
 
 
-def build_compute_metrics(hub_metric: str | None = None) -> Callable[[EvalPrediction], dict[str, float]]:
+def build_compute_metrics(
+    hub_metric: str | None = None, classes: int = 2
+) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the function that the Trainer calls after each evaluation.
 
     Args:
         hub_metric: name of one more metric, for `evaluate.load`.
+        classes: number of classes, for a trial of that metric.
 
     Returns:
         A function from logits and labels to named numbers.
 
     Raises:
-        DataError: the metric cannot be loaded.
+        DataError: the metric cannot be loaded, or does not fit.
     """
     metrics = [AccuracyAndF1()]
     if hub_metric is not None:
@@ -53,6 +56,18 @@ def build_compute_metrics(hub_metric: str | None = None) -> Callable[[EvalPredic
                 f"--metric {hub_metric!r} cannot be loaded ({reason}): give the name of a metric on a Hub that can "
                 "be reached, or the path of a metric script."
             ) from None
+        # Tried here, since otherwise the training would end at its first evaluation.
+        try:
+            values = metrics[1].compute(predictions=range(classes), references=range(classes))
+            others = [f"{name} is a {type(value).__name__}" for name, value in values.items() if not np.isscalar(value)]
+            reason = ", ".join(others)
+        except Exception as error:  # whatever the metric's own code raises
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason:
+            raise DataError(
+                f"--metric {hub_metric!r} does not fit {classes} classes ({reason}): give one that makes numbers from "
+                "the classes alone."
+            )
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions

@@ -110,7 +110,8 @@ def check_images(data: LabelledData, folders: dict[str, Path]) -> None:
             try:
                 read_image(value, folders[name])
             except (OSError, SyntaxError, ValueError) as error:
-                what = f"file {value!r}" if isinstance(value, str) else "value"
+                file = value.get("path") if isinstance(value, dict) else value
+                what = f"file {file!r}" if isinstance(file, str) else "value"
                 raise DataError(
                     f"The image in row {row} of the {name} split is unreadable ({what}: {type(error).__name__}): "
                     f"column {data.input_column!r} must hold image bytes or names of image files."
@@ -178,7 +179,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         train_dataset=data.splits["train"],
         eval_dataset=data.splits["validation"],
         test_dataset=data.splits.get("test"),
-        compute_metrics=build_compute_metrics(data_arguments.metric),
+        compute_metrics=build_compute_metrics(data_arguments.metric, len(data.label_names)),
         data_collator=collate,
         processing_class=processor,
     )

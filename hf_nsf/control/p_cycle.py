@@ -153,7 +153,7 @@ class PCycle:
         if not all("p" in group for group in optimizer.param_groups):
             raise ValueError(f"PCycle needs an NSF optimizer, got {type(optimizer).__name__}.")
         self.optimizer = optimizer
-        self.move_to(optimizer.param_groups[0].get("p_cycle_step", 0))
+        self.move_to(optimizer.param_groups[0].get("p_cycle_step") or 0)
 
     @property
     def last_p(self) -> Any:
@@ -162,7 +162,7 @@ class PCycle:
 
     def step(self) -> None:
         """Go on by one update. Call it after `optimizer.step()`, and not for an update that was skipped."""
-        self.move_to(self.optimizer.param_groups[0].get("p_cycle_step", 0) + 1)
+        self.move_to((self.optimizer.param_groups[0].get("p_cycle_step") or 0) + 1)
 
     def move_to(self, k: int) -> None:
         """Set the number of updates made to `k`."""

@@ -12,6 +12,17 @@ from torch.optim import SGD
 from .shards import is_sharded
 from .validation import check_at_least_zero, check_decay
 
+# What hf_nsf.LossPhase and the Trainer's callback remember of a run. It stands in the groups from the beginning, since
+# what loads a sharded state (FSDP2, torch.distributed.checkpoint) fills in the entries that it finds and adds none.
+_RUN = {
+    "loss_sum": 0.0,
+    "loss_count": 0,
+    "loss_mean": 0.0,
+    "loss_phase": 0,
+    "loss_window": 0,
+    "loss_windows_average": -1,
+}
+
 
 def phase_momentum(group: dict[str, Any], low: bool) -> float:
     """Momentum of a parameter group in the low (`low=True`) or the high loss phase.
@@ -95,6 +106,8 @@ class LCAM(SGD):
         for group in self.param_groups:  # a state dict of torch.optim.SGD has one momentum and no pair
             group.setdefault("low_loss_momentum", group["momentum"])
             group.setdefault("high_loss_momentum", group["momentum"])
+            for name, value in _RUN.items():
+                group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may have a pair of momenta of its own. It starts in the high phase."""
@@ -126,4 +139,6 @@ class LCAM(SGD):
         for name in ("low_loss_momentum", "high_loss_momentum"):
             group.setdefault(name, self.defaults[name])
             check_decay(name, group[name])
+        for name, value in _RUN.items():
+            group.setdefault(name, value)
         group["momentum"] = phase_momentum(group, low=False)

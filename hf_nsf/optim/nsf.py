@@ -8,6 +8,7 @@ grafting (arXiv 2002.11803): the direction of NSF with the length of Adam's step
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -16,13 +17,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .nsf_blocked import Scratch, blocked_nsf, takes
+from .nsf_blocked import Scratch, blocked_nsf, is_adam, takes
 from .shards import grad_shard, is_sharded, sum_over_shards, to_local
 from .validation import check_at_least_zero, check_choice, check_decay, check_finite
 
 STEP_SCALES = ("adam", "raw")
+COMPILED_FROM = 1 << 20  # elements; smaller optimizers are stepped before a compiler has started
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-_KNOBS_ADDED_LATER = {"maximize": False, "foreach": None, "fused": None, "kahan": None, "step_scale": "adam", "p": 0.5}
+_KNOBS_ADDED_LATER = {
+    "maximize": False,
+    "foreach": None,
+    "fused": None,
+    "kahan": None,
+    "step_scale": "adam",
+    "p": 0.5,
+    "p_cycle_step": None,
+}
 
 
 class NSF(Optimizer):
@@ -49,20 +59,22 @@ class NSF(Optimizer):
         step_scale: "adam" or "raw".
         maximize: ascend instead of descend.
         foreach: True for the multi-tensor path, False for the single-tensor one, None for the fastest that is right:
-            the multi-tensor one on accelerators, the blocked one on the CPU for contiguous parameters in float32 or
-            float64 (it keeps up to 48 MiB of scratch), the single-tensor one elsewhere. Parameters in bfloat16 or
-            float16 always take the single-tensor path, sharded ones (DTensor) a path of their own whose lengths are
-            those of the whole tensors, all of them summed over the processes in one collective a step (and mesh
-            dimension).
-        fused: there is no fused path yet, so True is refused; False also leaves out the blocked path, whose step at
-            p = 1/2 is torch's fused AdamW.
+            the multi-tensor one on accelerators, on the CPU the fused or the blocked one for contiguous parameters in
+            float32 or float64 (they keep up to 48 MiB of scratch), the single-tensor one elsewhere. Parameters in
+            bfloat16 or float16 always take the single-tensor path, sharded ones (DTensor) a path of their own whose
+            lengths are those of the whole tensors, all of them summed over the processes in one collective a step (and
+            mesh dimension).
+        fused: True for loops over float32 parameters on the CPU that numba compiles at the first step (the extra
+            `fused`; some ten seconds, after which they are cached); None for these where numba is installed and the
+            parameters have a million elements or more; False leaves out these and the blocked path. At p = 1/2 both
+            are torch's fused AdamW.
         kahan: keep what rounding drops from bfloat16 and float16 parameters, in a state of their dtype, and add it
             again at the next step. None means True; float32 and float64 parameters need none and get none.
 
     Moments are kept in at least float32, through `load_state_dict` too.
 
     Raises:
-        ValueError: a value is out of its range; the message shows it.
+        ValueError: a value is out of its range, or `fused=True` cannot hold; the message shows it.
         RuntimeError: at `step()`, for sparse gradients.
     """
 
@@ -92,17 +104,25 @@ class NSF(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "kahan": kahan,
+            # Of hf_nsf.PCycle: None until there is one. Here, since what loads a sharded state (FSDP2,
+            # torch.distributed.checkpoint) fills in the entries that it finds in the groups and adds none.
+            "p_cycle_step": None,
         }
         _check_group(defaults)
         super().__init__(params, defaults)
-        self._scratch = Scratch()
+        self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._scratch = Scratch()  # of no copy and no pickle
+        self._forget()
         for group in self.param_groups:
             for name, value in _KNOBS_ADDED_LATER.items():
                 group.setdefault(name, value)
+
+    def _forget(self) -> None:
+        """Drop what is kept between steps and is of no copy and no pickle."""
+        self._scratch = Scratch()
+        self._compiled: Any = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own options are checked as the constructor's are."""
@@ -115,6 +135,11 @@ class NSF(Optimizer):
                     raise ValueError(
                         f"Invalid parameter of dtype {param.dtype}: NSF takes real floating-point parameters; "
                         "view complex ones with torch.view_as_real."
+                    )
+                if group["fused"] and (param.dtype != torch.float32 or param.device.type != "cpu"):
+                    raise ValueError(
+                        f"Invalid fused: fused=True with a {param.dtype} parameter on {param.device}; allowed is "
+                        "fused=True for torch.float32 on the CPU, and None or False elsewhere."
                     )
         except ValueError:
             self.param_groups.pop()
@@ -151,8 +176,11 @@ class NSF(Optimizer):
             single, multi, blocked = self._split(group)
             sharded += [(q, self.state[q], group) for q in group["params"] if is_sharded(q)]
             for bucket in blocked:
-                states = [self.state[q] for q in bucket]
-                blocked_nsf(bucket, states, group, _item(group["lr"]), _item(group["p"]), self._scratch)
+                states, lr, p = [self.state[q] for q in bucket], _item(group["lr"]), _item(group["p"])
+                if bucket[0].dtype == torch.float32 and not is_adam(group, p) and self._compiles(group):
+                    self._compiled.step(bucket, states, group, lr, p)
+                else:
+                    blocked_nsf(bucket, states, group, lr, p, self._scratch)
             if single:
                 _single_tensor_nsf(single, [self.state[q] for q in single], group)
             for bucket in multi:
@@ -160,6 +188,21 @@ class NSF(Optimizer):
         if sharded:
             _sharded_nsf(sharded)
         return loss
+
+    def _compiles(self, group: dict[str, Any]) -> bool:
+        """Whether this group's step goes through the compiled loops; makes them at the first call."""
+        if not group["fused"] and (group["fused"] is False or self._elements() < COMPILED_FROM):
+            return False
+        loops = compiled_loops()
+        if loops is None or not loops.is_ready(group["step_scale"]):
+            return False
+        if self._compiled is None:
+            self._compiled = loops.CompiledNSF()
+        return True
+
+    def _elements(self) -> int:
+        """Elements of all parameters."""
+        return sum(q.numel() for group in self.param_groups for q in group["params"])
 
     def _split(self, group: dict[str, Any]) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]]]:
         """Create missing states; deal the whole parameters to the paths: single, multi-tensor, blocked."""
@@ -205,8 +248,23 @@ def _check_group(group: dict[str, Any]) -> None:
     check_at_least_zero("weight_decay", group["weight_decay"])
     check_finite("p", group["p"])
     check_choice("step_scale", group["step_scale"], STEP_SCALES)
-    if group["fused"]:
-        raise ValueError("Invalid fused: fused=True, but NSF has no fused path; allowed: None, False (see foreach).")
+    if group["fused"] and group["foreach"]:
+        raise ValueError("Invalid foreach and fused: foreach=True, fused=True; at most one of the two may be True.")
+    if group["fused"] and compiled_loops() is None:
+        raise ValueError(
+            'Invalid fused: fused=True needs numba, which cannot be imported; pip install "hf_nsf[fused]", or allowed: '
+            "fused=None, False."
+        )
+
+
+@functools.cache
+def compiled_loops() -> Any:
+    """The module of the compiled loops, or None without numba."""
+    try:
+        from . import nsf_compiled
+    except ImportError:
+        return None
+    return nsf_compiled
 
 
 def _item(value: Any) -> float:

@@ -59,7 +59,7 @@ def blocked_nsf(
     params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], lr: float, p: float, scratch: Scratch
 ) -> None:
     """Step parameters of one dtype that :func:`takes` accepts, with the group's options."""
-    if p == 0.5 and group["eps"] > 0:
+    if is_adam(group, p):
         _adam(params, states, group, lr)
         return
     steps = [state["step"] for state in states]
@@ -75,6 +75,11 @@ def blocked_nsf(
         rule = _Rule(group, lr, p, t, params[0].dtype, scratch)
         for some in _filled([params[i].numel() for i in indices]):
             rule.step_small([params[indices[i]] for i in some], [states[indices[i]] for i in some])
+
+
+def is_adam(group: dict[str, Any], p: float) -> bool:
+    """Whether the step is that of torch's AdamW, which with eps = 0 divides 0 by 0."""
+    return p == 0.5 and group["eps"] > 0
 
 
 def _adam(params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], lr: float) -> None:

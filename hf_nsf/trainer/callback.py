@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..control import LossPhase, PCycle
 from ..optim import LCAM, NSF
+from .agreement import check_same_length, check_same_options
 from .options import OPTIONS, cycle_arguments, parse_optim_args
 
 logger = logging.get_logger(__name__)
@@ -25,28 +26,12 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def check_same_options(optimizer: Any, options: dict[str, Any]) -> None:
-    """Refuse, on every process, a run whose processes have different options (ValueError, one sentence)."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return
-    ours = {f"optim_args {name}": repr(value) for name, value in options.items()}
-    for index, group in enumerate(optimizer.param_groups):
-        for name, value in group.items():
-            if name not in ("params", "param_names"):
-                ours[f"group {index} {name}"] = repr(float(value) if isinstance(value, torch.Tensor) else value)
-    told: list[Any] = [None] * distributed.get_world_size()
-    # Not through accelerate, which takes DeepSpeed's processes on a CPU for single ones.
-    distributed.all_gather_object(told, (type(optimizer).__name__, ours))
-    first, *others = told
-    for rank, (kind, theirs) in enumerate(others, start=1):
-        names = sorted(name for name in first[1].keys() | theirs.keys() if first[1].get(name) != theirs.get(name))
-        if kind != first[0] or names:
-            a, b = ({name: options.get(name) for name in names[:3]} for options in (first[1], theirs))
-            raise ValueError(
-                f"The processes have different options: process 0 trains with {first[0]} {a}, process {rank} with "
-                f"{kind} {b}; give all the same optim, optim_args and learning rate."
-            )
+def _length(batches: Any) -> int | None:
+    """How many there are, or None for a stream."""
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 class SpectralCallback(TrainerCallback):
@@ -102,12 +87,17 @@ class SpectralCallback(TrainerCallback):
         if args.optim == name and name in OPTIONS:
             options = parse_optim_args(name, args.optim_args)[1]
         check_same_options(inner, options or {})
+        # With accumulation the end of an epoch is seen too, as a window that may be shorter.
+        by_epochs = isinstance(inner, LCAM) and (
+            (options or {}).get("loss_average", "epoch") == "epoch" or args.gradient_accumulation_steps > 1
+        )
+        check_same_length(state.max_steps, _length(kwargs.get("train_dataloader")), by_epochs)
         resumed = state.global_step > 0
         self._optimizer = inner
         self._resumed_in_epoch = resumed and not float(state.epoch or 0).is_integer()
         first = inner.param_groups[0]
         if isinstance(inner, LCAM):
-            if resumed and "loss_count" not in first:
+            if resumed and not first.get("loss_window"):
                 logger.warning(
                     "The checkpoint has no optimizer state (save_only_model?): LCAM's momentum buffers are lost, and "
                     "it begins its loss mean anew in the high phase."
@@ -116,12 +106,10 @@ class SpectralCallback(TrainerCallback):
             if not resumed:
                 self._phase.restart()
             for group in inner.param_groups:
-                if not resumed or group.get("loss_window", 0) > args.gradient_accumulation_steps:
+                if not resumed or group["loss_window"] > args.gradient_accumulation_steps:
                     group.update(loss_window=0, loss_windows_average=-1)
-                group.setdefault("loss_window", 0)
-                group.setdefault("loss_windows_average", -1)
         elif options is not None:  # an NSF made by the user without the string keeps the p that it was given
-            known = resumed and "p_cycle_step" in first
+            known = resumed and first.get("p_cycle_step") is not None
             self._cycle = PCycle(inner, **cycle_arguments(options, state.max_steps))
             if resumed and not known:
                 logger.warning(

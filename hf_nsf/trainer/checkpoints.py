@@ -7,30 +7,56 @@ import json
 import os
 import re
 import zipfile
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
+# FSDP with FULL_STATE_DICT: files of the main process.
+_FULL_FILES = ("optimizer.bin", "pytorch_model_fsdp.bin")
+# FSDP with SHARDED_STATE_DICT: folders of torch.distributed.checkpoint, a file for each process and one for all.
+_OPTIMIZER_FOLDER = "optimizer_0"
+_SHARDED_FOLDER = re.compile(r"^(optimizer|pytorch_model_fsdp)_\d+$")
 
 
 def is_whole(folder: str, processes: int = 1) -> bool:
     """Whether the save of this checkpoint came to its end.
 
     The Trainer writes trainer_state.json last, on the main process; the others may still have been writing the state
-    of their random numbers. Files of torch.save are zip archives, whose directory stands at their end.
+    of their random numbers. Files of torch.save are zip archives, whose directory stands at their end; folders of
+    torch.distributed.checkpoint get their list of contents last.
     """
     try:
         with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
             json.load(file)
     except (OSError, ValueError):
         return False
-    names = [name for name in os.listdir(folder) if name.endswith((".pt", ".pth"))]
+    entries = os.listdir(folder)
+    names = [name for name in entries if name.endswith((".pt", ".pth")) or name in _FULL_FILES]
     random_states = sum(name.startswith("rng_state") for name in names)
     if random_states and processes > 1 and random_states < processes:
         return False
-    return all(zipfile.is_zipfile(os.path.join(folder, name)) for name in names)
+    sharded = [os.path.join(folder, name) for name in entries if _SHARDED_FOLDER.match(name)]
+    return all(zipfile.is_zipfile(os.path.join(folder, name)) for name in names) and all(map(_has_its_shards, sharded))
+
+
+def _has_its_shards(folder: str) -> bool:
+    """Whether every file of a torch.distributed.checkpoint is as long as its list of contents says."""
+    try:
+        ends: dict[str, int] = {}
+        for place in _contents(folder).storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        return all(os.path.getsize(os.path.join(folder, name)) >= end for name, end in ends.items())
+    except Exception:  # no list, or one that was cut short, which no one error stands for
+        return False
+
+
+def _contents(folder: str) -> Any:
+    from torch.distributed.checkpoint import FileSystemReader  # here: not every build of torch has it
+
+    return FileSystemReader(folder).read_metadata()
 
 
 def last_whole_checkpoint(output_dir: str, processes: int = 1) -> tuple[str | None, list[str]]:
@@ -47,14 +73,23 @@ def last_whole_checkpoint(output_dir: str, processes: int = 1) -> tuple[str | No
 
 
 def optimizer_of_checkpoint(folder: str) -> str | None:
-    """Whose state a checkpoint holds: "lcam", "nsf" or "another"; None where it holds none in one file."""
+    """Whose state a checkpoint holds: "lcam", "nsf" or "another"; None where it holds none that we can read."""
     for name in _OPTIMIZER_FILES:
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             # Mapped, not read: only the groups are looked at.
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            group = state["param_groups"][0] if state.get("param_groups") else {}
-            if "low_loss_momentum" in group:
-                return "lcam"
-            return "nsf" if "step_scale" in group else "another"
+            return _owner(state["param_groups"][0] if state.get("param_groups") else ())
+    sharded = os.path.join(folder, _OPTIMIZER_FOLDER)
+    if os.path.isfile(os.path.join(sharded, ".metadata")):
+        names = _contents(sharded).state_dict_metadata
+        return _owner(name.rpartition(".")[2] for name in names if ".param_groups." in name)
     return None
+
+
+def _owner(options: Iterable[str]) -> str:
+    """Whose groups have these options."""
+    names = set(options)
+    if "low_loss_momentum" in names:
+        return "lcam"
+    return "nsf" if "step_scale" in names else "another"

@@ -25,6 +25,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..optim import LCAM, NSF
+from .agreement import check_same_run
 from .callback import SpectralCallback, unwrap_optimizer
 from .checkpoints import last_whole_checkpoint, optimizer_of_checkpoint
 from .options import first_p, parse_optim_args
@@ -126,6 +127,11 @@ def _checked_checkpoint(trainer: Trainer, checkpoint: Any) -> Any:
                 "optimizer, or start a new run from the checkpoint's weights."
             )
     return checkpoint
+
+
+def _trains_together(trainer: Trainer) -> bool:
+    """Whether this Trainer's process trains the same model as others, rather than one of its own beside them."""
+    return trainer.args.world_size > 1 or bool(getattr(trainer, "is_deepspeed_enabled", False))
 
 
 @contextlib.contextmanager
@@ -286,10 +292,21 @@ def _listening(train: Any) -> Any:
     @functools.wraps(train)
     def wrapper(self: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         optim = str(getattr(self.args.optim, "value", self.args.optim))
-        if optim in _HANDLERS:  # here too, since the host's own parser fails on some texts with a bare error
-            parse_optim_args(optim, self.args.optim_args)
-        if resume_from_checkpoint:
-            resume_from_checkpoint = _checked_checkpoint(self, resume_from_checkpoint)
+        options: dict[str, Any] = {}
+        problem: Exception | None = None
+        try:
+            if optim in _HANDLERS:  # here too, since the host's own parser fails on some texts with a bare error
+                of_optimizer, of_controller = parse_optim_args(optim, self.args.optim_args)
+                options = {**of_optimizer, **of_controller}
+            if resume_from_checkpoint:
+                resume_from_checkpoint = _checked_checkpoint(self, resume_from_checkpoint)
+        except Exception as error:
+            problem = error
+        if _trains_together(self):
+            name = _optimizer_of_run(self)
+            check_same_run(name, name in _HANDLERS, options, problem)
+        elif problem is not None:
+            raise problem
         callback: Any = next((c for c in self.callback_handler.callbacks if _is_ours(c)), None)
         if callback is None:
             if optim in _HANDLERS:

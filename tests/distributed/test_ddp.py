@@ -14,8 +14,9 @@ import torch
 from tiny_run import same
 
 WORKER = Path(__file__).with_name("tiny_run.py")
+SHORT_EPOCH = {"size": 88, "accelerator_config": {"even_batches": False}}
 JOBS = [
-    {"name": "lcam", "optimizer": "lcam"},
+    {"name": "lcam", "optimizer": "lcam", "save_strategy": "steps", "save_steps": 9},
     {"name": "nsf", "optimizer": "nsf"},
     {"name": "sgd", "optimizer": "sgd"},
     {"name": "adamw", "optimizer": "adamw"},
@@ -24,7 +25,21 @@ JOBS = [
     {"name": "nan", "optimizer": "lcam", "nan_rows": [40]},
     {"name": "uneven", "optimizer": "lcam", "size": 89},
     {"name": "windows", "optimizer": "lcam", "counts_items": True, "gradient_accumulation_steps": 4},
-]
+    {"name": "adamw on rank 1", "optimizer": "lcam", "on_rank_1": "adamw"},
+    {"name": "nsf on rank 1", "optimizer": "sgd", "on_rank_1": "nsf"},
+    {"name": "adamw resumes on rank 1", "optimizer": "lcam", "on_rank_1": "adamw", "folder": "lcam", "resume": True},
+    {"name": "adamw and sgd", "optimizer": "adamw", "on_rank_1": "sgd", "max_steps": 3},
+    # 88 rows make 11 batches of 8 (or 22 of 4): without even_batches the last ranks get one batch less an epoch.
+    {"name": "short epoch, lcam", "optimizer": "lcam", **SHORT_EPOCH},
+    {"name": "short epoch, nsf", "optimizer": "nsf", **SHORT_EPOCH},
+    {"name": "short epoch, lcam, steps", "optimizer": "lcam", "max_steps": 10, **SHORT_EPOCH},
+    {"name": "short epoch, ema, steps", "optimizer": "lcam", "max_steps": 10, **SHORT_EPOCH,
+     "optim_args": "low_loss_momentum=0.8,high_loss_momentum=0.9,loss_average=ema"},
+    {"name": "short epoch, ema, windows", "optimizer": "lcam", "max_steps": 10, **SHORT_EPOCH,
+     "optim_args": "loss_average=ema", "gradient_accumulation_steps": 4},
+    {"name": "short epoch, nsf, steps", "optimizer": "nsf", "max_steps": 10, **SHORT_EPOCH},
+    {"name": "short batch", "optimizer": "lcam", "size": 89, "accelerator_config": {"even_batches": False}},
+]  # fmt: skip
 LAUNCHES = [
     pytest.param("torchrun", 2),
     pytest.param("torchrun", 4, marks=pytest.mark.slow),
@@ -132,6 +147,48 @@ def test_short_accumulation_windows_take_part_on_every_rank(launcher, processes)
     losses = used(ranks[0], "loss")
     means = [entry.get("lcam_loss_mean") for entry in ranks[0]["logs"]]
     assert means[2] == pytest.approx(sum(losses[:2]) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
+@pytest.mark.parametrize(
+    ("job", "names"),
+    [
+        ("adamw on rank 1", ["process 0 trains with optim=lcam", "process 1 with optim=adamw_torch"]),
+        ("nsf on rank 1", ["process 0 trains with optim=sgd", "process 1 with optim=nsf"]),
+        ("adamw resumes on rank 1", ["holds the optimizer state of lcam and this run trains with adamw_torch"]),
+    ],
+)
+def test_one_of_ours_beside_another_optimizer_stops_every_rank_with_a_sentence(job, names, launcher, processes):
+    errors = {result["error"] for result in results(launcher, processes)[job]}
+    assert len(errors) == 1 and all(name in errors.copy().pop() for name in names)
+
+
+@pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
+def test_other_optimizers_are_not_compared(launcher, processes):
+    assert all(result["steps"] == 3 for result in results(launcher, processes)["adamw and sgd"])
+
+
+@pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
+def test_ranks_that_would_wait_for_each_other_are_stopped_with_a_sentence(launcher, processes):
+    # The Trainer itself, with any optimizer, waits at the end for the ranks with fewer updates until ddp_timeout.
+    made = results(launcher, processes)
+    for job in ("short epoch, lcam", "short epoch, nsf"):
+        errors = {result["error"] for result in made[job]}
+        assert len(errors) == 1 and "different numbers of updates, 18, " in errors.pop()
+    for job in ("short epoch, lcam, steps", "short epoch, ema, windows"):
+        errors = {result["error"] for result in made[job]}
+        assert len(errors) == 1 and "epochs of different lengths in batches, 6, " in errors.pop()
+
+
+@pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
+@pytest.mark.parametrize(
+    ("job", "steps"), [("short epoch, ema, steps", 10), ("short epoch, nsf, steps", 10), ("short batch", 18)]
+)
+def test_uneven_batches_that_the_trainer_can_do_are_done(job, steps, launcher, processes):
+    first, *others = results(launcher, processes)[job]
+    assert first["error"] is None and first["steps"] == steps
+    for other in others:
+        assert all(same(first[key], other[key]) for key in ("weights", "state", "groups"))
 
 
 @pytest.mark.parametrize(("optimizer",), [("lcam",), pytest.param("nsf", marks=pytest.mark.slow)])

@@ -126,6 +126,8 @@ def run_job(job, folder):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     job = dict(job)
     name, optimizer = job.pop("name"), job.pop("optimizer")
+    other, output = job.pop("on_rank_1", optimizer), Path(folder, job.pop("folder", name))
+    optimizer = other if rank == 1 else optimizer
     if job.pop("different_options", False) and rank == 1:
         job["optim_args"] = "low_loss_momentum=0.7,high_loss_momentum=0.9"
     nan_rows, dies = job.pop("nan_rows", ()), job.pop("dies_at", None)
@@ -144,7 +146,7 @@ def run_job(job, folder):
         hf_nsf.LossPhase._mean_over_processes = staticmethod(float)
     try:
         callbacks = [_Dies(dies)] if dies is not None else None
-        trainer = make_trainer(Path(folder, name), optimizer, dataset=dataset, callbacks=callbacks, **job)
+        trainer = make_trainer(output, optimizer, dataset=dataset, callbacks=callbacks, **job)
         error = None
         try:
             trainer.train(resume_from_checkpoint=resume)

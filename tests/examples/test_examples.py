@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
+import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import EvalPrediction
 
@@ -29,6 +32,7 @@ from example_metrics import build_compute_metrics  # noqa: E402
 from example_training import parse_arguments, run  # noqa: E402
 
 OPTIMIZERS = ("nsf", "lcam")
+DOCSTRING_SEEDS = (1, 2, 3, 4, 5)  # one seed alone is off by half a point and more
 QUICK = ["--max_train_samples", "96", "--max_eval_samples", "64", "--num_train_epochs", "2", "--disable_tqdm", "true"]
 
 
@@ -73,6 +77,45 @@ def test_no_two_sentences_open_alike(docstrings: DatasetDict) -> None:
     texts = [text for split in embedded_data.SPLITS for text in docstrings[split]["text"]]
     openings = [tuple(embedded_data.normalised_words(text)[: embedded_data.OPENING_WORDS]) for text in texts]
     assert len(set(openings)) == len(openings)
+
+
+def test_no_sentence_has_a_near_duplicate_in_another_split(docstrings: DatasetDict) -> None:
+    """All pairs, counted with matrices and not with the loader's index."""
+    sets = {
+        split: [set(embedded_data.normalised_words(text)) for text in docstrings[split]["text"]]
+        for split in embedded_data.SPLITS
+    }
+    shared = set.union(*sets["train"]) & set.union(*sets["validation"], *sets["test"])
+    shared |= set.union(*sets["validation"]) & set.union(*sets["test"])
+    column = {word: number for number, word in enumerate(sorted(shared))}
+    tables, sizes = {}, {}
+    for split, texts in sets.items():
+        table = np.zeros((len(texts), len(column)), dtype=np.float32)
+        for row, words in enumerate(texts):
+            table[row, [column[word] for word in words & shared]] = 1
+        tables[split], sizes[split] = table, np.array([len(words) for words in texts], dtype=np.float32)
+    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        both = csr_matrix(tables[b]) @ tables[a].T
+        jaccard = both / (sizes[b][:, None] + sizes[a][None, :] - both)
+        assert 0.5 < jaccard.max() < embedded_data.NEAR_DUPLICATE_SIMILARITY, (a, b)
+
+
+def test_near_duplicates_are_those_of_all_pairs() -> None:
+    generator = random.Random(0)
+    words = [first + second for first in "abcdef" for second in "xyz"]
+    splits = {
+        name: [" ".join(generator.choices(words, k=generator.randint(1, 9))) for _ in range(60)] for name in "abc"
+    }
+    for bound in (0.3, 0.5, 0.6, 1.0):
+        earlier: list[set[str]] = []
+        expected = {}
+        for name, texts in splits.items():
+            sets = [set(text.split()) for text in texts]
+            fresh = [all(len(x & y) / len(x | y) < bound for y in earlier) for x in sets]
+            expected[name] = [row for row, is_fresh in enumerate(fresh) if is_fresh]
+            earlier += [sets[row] for row in expected[name]]
+        assert embedded_data.without_near_duplicates(splits, bound) == expected
+        assert len(expected["a"]) == 60 and len(expected["c"]) < 60
 
 
 def test_sentences_hide_module_names_and_topic_words(docstrings: DatasetDict) -> None:
@@ -124,6 +167,42 @@ def test_unknown_metric_is_one_sentence(tmp_path: Path) -> None:
         build_compute_metrics(str(tmp_path / "nothing.py"))
 
 
+METRIC = """
+import datasets
+import evaluate
+from sklearn.metrics import {function}
+class Local(evaluate.Metric):
+    def _info(self):
+        number = datasets.Value("int32")
+        features = datasets.Features({{"predictions": number, "references": number}})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+    def _compute(self, predictions, references):
+        return {{"local": {function}(references, predictions)}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "classes", "sentence"),
+    [
+        ("recall_score", 2, None),
+        ("recall_score", 3, "does not fit 3 classes (Target is multiclass"),
+        ("confusion_matrix", 2, "does not fit 2 classes (local is a ndarray)"),
+    ],
+)
+def test_a_metric_that_does_not_fit_is_found_before_the_training(
+    tmp_path: Path, function: str, classes: int, sentence: str | None
+) -> None:
+    script = tmp_path / f"local_{function}_{classes}.py"
+    script.write_text(METRIC.format(function=function))
+    if sentence is None:
+        compute = build_compute_metrics(str(script), classes)
+        assert compute(EvalPrediction(np.array([[0, 1], [1, 0]]), np.array([1, 1])))["local"] == 0.5
+    else:
+        with pytest.raises(DataError) as caught:
+            build_compute_metrics(str(script), classes)
+        assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
 # ---- error sentences
 
 
@@ -155,6 +234,7 @@ GOOD = "text,label\none two,a\nthree four,b\nfive six,a\nseven eight,b\n"
         ({"train": "text,label\n,a\ntwo,b\n"}, {}, "holds no text in column 'text'"),
         ({"train": GOOD}, {"dataset_name": "imdb"}, "either --dataset_name or local files"),
         ({"train": GOOD}, {"max_train_samples": 0}, "limit of 0 samples"),
+        ({"train": "text,label\na,b\nc,d,e,f\n"}, {}, "cannot be read as csv (Error tokenizing data"),
     ],
 )
 def test_wrong_tables_are_one_sentence(
@@ -165,6 +245,51 @@ def test_wrong_tables_are_one_sentence(
         text_classification.load_texts(text_classification.TextDataArguments(**{**names, **options}), seed=0)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["imdb", "someone/something"])
+def test_a_hub_that_cannot_be_reached_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # both are what HF_HUB_OFFLINE=1 sets
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError) as caught:
+        load_data(DataArguments(dataset_name=name), DatasetDict, None, ("text",))
+    assert f"'{name}' cannot be loaded (" in str(caught.value) and "a local folder" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["no train split", "empty", "configuration"])
+def test_wrong_folders_are_one_sentence(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "data").mkdir()
+    options = {"dataset_name": str(tmp_path / "data")}
+    if kind != "empty":
+        _csv(tmp_path / "data", "test.csv" if kind == "no train split" else "train.csv", GOOD)
+    if kind == "configuration":
+        options["dataset_config_name"] = "large"
+    sentence = {
+        "no train split": "The data has no train split: it has test.",
+        "empty": "doesn't contain any data files): give the name of a data set",
+        "configuration": "'large' not found",
+    }[kind]
+    with pytest.raises(DataError) as caught:
+        load_data(DataArguments(**options), DatasetDict, None, ("text",))
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_labels_that_are_lists_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    Dataset.from_dict({"text": ["a", "b"], "label": [[0], [1]]}).to_parquet(path)
+    with pytest.raises(DataError, match="labels in column 'label' are of type List"):
+        load_data(DataArguments(train_file=str(path)), DatasetDict, None, ("text",))
+
+
+def test_a_broken_file_of_an_image_folder_is_named(tmp_path: Path, digit_png: bytes) -> None:
+    folder = _image_folder(tmp_path, digit_png)
+    (folder / "train" / "cat" / "1.png").write_bytes(digit_png[:40])
+    processor = image_classification.build_processor(image_classification.ModelArguments())
+    with pytest.raises(DataError, match=r"unreadable \(file '.*cat/1.png'"):
+        image_classification.load_images(
+            image_classification.ImageDataArguments(dataset_name=str(folder)), processor, seed=0
+        )
 
 
 @pytest.mark.parametrize("kind", ["bytes", "missing file", "number"])
@@ -200,6 +325,63 @@ def test_run_ends_without_a_traceback() -> None:
 
 
 # ---- local files
+
+
+def _image_folder(folder: Path, png: bytes) -> Path:
+    for split, count in (("train", 4), ("validation", 2)):
+        for label in ("cat", "dog"):
+            (folder / "images" / split / label).mkdir(parents=True)
+            for number in range(count):
+                (folder / "images" / split / label / f"{number}.png").write_bytes(png)
+    return folder / "images"
+
+
+def test_an_image_folder(tmp_path: Path, digit_png: bytes) -> None:
+    arguments = image_classification.ImageDataArguments(dataset_name=str(_image_folder(tmp_path, digit_png)))
+    processor = image_classification.build_processor(image_classification.ModelArguments(image_size=16))
+    data = image_classification.load_images(arguments, processor, seed=0)
+    assert data.label_names == ["cat", "dog"] and len(data.splits["train"]) == 8 and len(data.splits["validation"]) == 4
+    assert data.splits["validation"][0]["pixel_values"].shape == (3, 16, 16)
+
+
+def test_a_folder_of_tables(tmp_path: Path) -> None:
+    for name in ("train.csv", "test.csv", "unrelated.txt"):
+        _csv(tmp_path, name, GOOD)
+    data = load_data(DataArguments(dataset_name=str(tmp_path)), DatasetDict, None, ("text",))
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 3, "validation": 1, "test": 4}
+
+
+def _labels(names: list[str] | None, values: list) -> Dataset:
+    label = Value("int64" if isinstance(values[0], int) else "string") if names is None else ClassLabel(names=names)
+    return Dataset.from_dict(
+        {"text": ["x"] * len(values), "label": values}, features=Features({"text": Value("string"), "label": label})
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "expected"),
+    [
+        ((["neg", "pos"], [0, 1]), (["pos", "neg"], [0, 0, 1]), [1, 1, 0]),
+        ((["neg", "pos"], [0, 1]), (None, ["pos", "neg"]), [1, 0]),
+        ((["neg", "pos"], [0, 1]), (None, [1, 0]), [1, 0]),
+        ((None, ["neg", "pos"]), (["pos", "neg"], [0, 1]), [1, 0]),
+        ((None, [3, 5]), (None, ["5", "3"]), [1, 0]),
+        ((None, [0, 1]), (["neg", "pos"], [1, 0]), [1, 0]),
+        ((["neg", "pos"], [0, 1]), (["mid", "neg", "pos"], [1, 0]), "'mid'; known are neg, pos"),
+        ((None, [0, 1]), (None, ["0", "x"]), "know: 'x'; known are 0, 1"),
+    ],
+)
+def test_labels_of_the_splits_are_matched_by_name(tmp_path: Path, train, validation, expected) -> None:
+    files = {}
+    for name, (names, values) in (("train", train), ("validation", validation)):
+        files[f"{name}_file"] = str(tmp_path / f"{name}.parquet")
+        _labels(names, values).to_parquet(files[f"{name}_file"])
+    arguments = DataArguments(**files)
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            load_data(arguments, DatasetDict, None, ("text",))
+    else:
+        assert load_data(arguments, DatasetDict, None, ("text",)).splits["validation"]["label"][:] == expected
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct", "file names"])
@@ -299,16 +481,36 @@ def test_digits_reach_97_percent(tmp_path: Path, optimizer: str) -> None:
     assert report["runs"][0]["test_accuracy"] >= 0.97
 
 
-LCAM_IS_BEHIND = pytest.mark.xfail(reason="measured over three seeds: 2.3 points below AdamW", strict=False)
+@pytest.fixture(scope="module")
+def mean_docstring_accuracy(
+    tmp_path_factory: pytest.TempPathFactory, docstrings: DatasetDict
+) -> Callable[[str], dict[str, float]]:
+    """Return a function: an optimizer's accuracies with the script's defaults, means over the seeds, trained once."""
+
+    @functools.cache
+    def of(optimizer: str) -> dict[str, float]:
+        folder = tmp_path_factory.mktemp(optimizer)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(text_classification, "load_docstring_sentences", lambda: DatasetDict(docstrings))
+            runs = [
+                text_classification.main(["--output_dir", str(folder), "--optim", optimizer, "--seed", str(seed)])
+                for seed in DOCSTRING_SEEDS
+            ]
+        return {
+            key: float(np.mean([report["runs"][0][key] for report in runs]))
+            for key in ("validation_accuracy", "test_accuracy")
+        }
+
+    return of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["nsf", pytest.param("lcam", marks=LCAM_IS_BEHIND)])
-def test_docstrings_within_a_point_of_adamw(tmp_path: Path, optimizer: str) -> None:
-    report = text_classification.main(
-        ["--output_dir", str(tmp_path), "--optim", optimizer, "--compare_with", "adamw_torch"]
-    )
-    ours, adamw = (result["test_accuracy"] for result in report["runs"])
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_docstrings_within_a_point_of_adamw(
+    mean_docstring_accuracy: Callable[[str], dict[str, float]], optimizer: str, split: str
+) -> None:
+    ours, adamw = (mean_docstring_accuracy(name)[f"{split}_accuracy"] for name in (optimizer, "adamw_torch"))
     assert ours >= adamw - 0.01
 
 

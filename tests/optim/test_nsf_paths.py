@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every path of NSF in lockstep with the readable one, and what a step allocates."""
 
+import copy
+import importlib.util
 import itertools
 
 import pytest
@@ -8,10 +10,13 @@ import torch
 from problems import drive, identical, make_parameters, relative_error
 from torch import nn
 
+import hf_nsf.optim.nsf as nsf
 import hf_nsf.optim.nsf_blocked as blocked
 from hf_nsf import NSF
 
-PATHS = {"default": {}, "foreach": {"foreach": True}}
+needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="the fused path needs numba")
+PATHS = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+NAMES = ["default", "foreach", pytest.param("fused", marks=needs_numba)]
 READABLE = {"foreach": False}
 P = (0.5, 0.25, 0.0, -0.25, -0.5, 1.0, 0.1)
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -23,6 +28,10 @@ def _several_blocks(monkeypatch):
     monkeypatch.setattr(blocked, "BLOCK", 64)
     monkeypatch.setattr(blocked, "SMALL", 40)
     monkeypatch.setattr(blocked, "KEPT_BYTES", 1024)
+    if nsf.compiled_loops():
+        monkeypatch.setattr(nsf.compiled_loops(), "CHUNK", 32)
+        monkeypatch.setattr(nsf.compiled_loops(), "BATCH", 100)
+        monkeypatch.setattr(nsf.compiled_loops(), "KEPT", 224)
 
 
 def parameters(dtype):
@@ -31,11 +40,15 @@ def parameters(dtype):
     return make_parameters(dtype) + large
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", NAMES)
 @pytest.mark.parametrize("step_scale", ["adam", "raw"])
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_every_path_is_the_readable_one(dtype, p, step_scale, path):
+    if path == "fused" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="fused=True with a torch.float64 parameter"):
+            NSF(parameters(dtype), fused=True)
+        return
     for options in ({}, {"maximize": True, "weight_decay": 0.0}, {"eps": 0.0, "betas": (0.8, 0.95)}):
         ours, theirs = parameters(dtype), parameters(dtype)
         for params, chosen in ((ours, PATHS[path]), (theirs, READABLE)):
@@ -43,7 +56,7 @@ def test_every_path_is_the_readable_one(dtype, p, step_scale, path):
         assert relative_error(ours, theirs) <= BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", NAMES)
 @pytest.mark.parametrize("scale", [1e-12, 1e-8, 1e12])
 @pytest.mark.parametrize("p", [0.25, -0.25, -0.5, 1.0])
 def test_float32_at_extreme_gradients(p, scale, path):
@@ -54,29 +67,30 @@ def test_float32_at_extreme_gradients(p, scale, path):
     assert relative_error(ours, exact) < 2e-5
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", NAMES)
 def test_tensor_lr_and_p_that_change(path):
-    results = []
+    results, dtype = [], torch.float32 if path == "fused" else torch.float64
     for kind, chosen in ((float, PATHS[path]), (torch.tensor, PATHS[path]), (float, READABLE)):
-        params = parameters(torch.float64)
+        params = parameters(dtype)
         optimizer = NSF(params, lr=kind(1e-3), **chosen)
         for index, p in enumerate(P * 3):
             optimizer.param_groups[0]["p"] = kind(p)
             drive(optimizer, params, steps=index + 1, skip=index)
         results.append(params)
-    assert relative_error(results[0], results[2]) < 1e-12
+    assert relative_error(results[0], results[2]) < (1e-12 if dtype == torch.float64 else 1e-6)
     assert relative_error(results[1], results[2]) < 1e-6  # the tensors are float32
 
 
 def test_a_state_goes_from_path_to_path():
     whole, switched = parameters(torch.float32), parameters(torch.float32)
-    drive(NSF(whole, p=0.1, **READABLE), whole, steps=30)
     state = None
-    for index, chosen in enumerate((PATHS["default"], READABLE, PATHS["foreach"])):
+    paths = [PATHS["default"], READABLE, PATHS["foreach"], *([PATHS["fused"]] if nsf.compiled_loops() else [])]
+    drive(NSF(whole, p=0.1, **READABLE), whole, steps=10 * len(paths))
+    for index, chosen in enumerate(paths):
         optimizer = NSF(switched, p=0.1, **chosen)
         if state is not None:
             optimizer.load_state_dict(state)
-            optimizer.param_groups[0]["foreach"] = chosen.get("foreach")
+            optimizer.param_groups[0].update(foreach=chosen.get("foreach"), fused=chosen.get("fused"))
         drive(optimizer, switched, steps=10 * index + 10, skip=10 * index)
         state = optimizer.state_dict()
     assert relative_error(switched, whole) <= 1e-6
@@ -113,3 +127,92 @@ def test_a_step_allocates_no_more_than_its_scratch(p, step_scale, monkeypatch):
         optimizer.step()
     total = sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
     assert total < 8 << 20  # the parameters alone have 24 MiB
+
+
+@needs_numba
+@pytest.mark.parametrize("step_scale", ["adam", "raw"])
+def test_fused_steps_have_the_same_bits_with_any_number_of_threads(step_scale):
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        params = parameters(torch.float32)
+        drive(NSF(params, lr=1e-3, p=0.1, step_scale=step_scale, fused=True), params, steps=20)
+        results.append(params)
+    torch.set_num_threads(threads)
+    assert identical(*results)
+
+
+@needs_numba
+@pytest.mark.parametrize("step_scale", ["adam", "raw"])
+def test_nothing_is_compiled_again_while_p_cycles(step_scale):
+    loops = nsf.compiled_loops()
+    assert loops.is_ready(step_scale)
+    kernels = [loops._grafted_step, loops._raw_step]
+    before = [len(kernel.signatures) for kernel in kernels]
+    assert sum(before) > 0
+    for kind, lr in ((float, 1e-3), (torch.tensor, torch.tensor(1e-3))):
+        params = parameters(torch.float32)
+        optimizer = NSF([{"params": params[:3], "weight_decay": 0.0}, {"params": params[3:]}], lr=lr, fused=True)
+        for index, p in enumerate(P * 2):
+            for group in optimizer.param_groups:
+                group.update(p=kind(p), step_scale=step_scale)
+            drive(optimizer, params, steps=index + 1, skip=index)
+    assert [len(kernel.signatures) for kernel in kernels] == before
+
+
+@needs_numba
+def test_large_optimizers_are_compiled_unless_told_not_to(monkeypatch):
+    loops, used = nsf.compiled_loops(), []
+    step = loops.CompiledNSF.step
+    monkeypatch.setattr(loops.CompiledNSF, "step", lambda *a, **k: used.append(1) or step(*a, **k))
+    assert loops.is_ready("adam")
+    for least, fused, expected in ((nsf.COMPILED_FROM, None, 0), (100, None, 1), (100, False, 0), (10**9, True, 1)):
+        monkeypatch.setattr(nsf, "COMPILED_FROM", least)
+        used.clear()
+        params = parameters(torch.float32)
+        drive(NSF(params, p=0.1, fused=fused), params, steps=1)
+        assert len(used) == expected, (least, fused)
+        drive(copy.deepcopy(NSF(params, p=0.5, fused=fused)), params, steps=1)
+        assert len(used) == expected  # AdamW's step is torch's
+
+
+def test_without_numba_true_is_refused_and_none_is_the_blocked_path(monkeypatch):
+    monkeypatch.setattr(nsf, "compiled_loops", lambda: None)
+    monkeypatch.setattr(nsf, "COMPILED_FROM", 1)
+    with pytest.raises(ValueError, match="fused=True needs numba"):
+        NSF(parameters(torch.float32), fused=True)
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    for params, chosen in ((ours, {}), (theirs, {"foreach": False})):
+        drive(NSF(params, p=0.1, **chosen), params, steps=5)
+    assert relative_error(ours, theirs) <= 1e-6
+
+
+@needs_numba
+def test_a_tensor_without_gradients_and_zeros_move_nothing():
+    params = [nn.Parameter(torch.ones(100)), nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(50))]
+    for p, step_scale in itertools.product((-0.5, 0.0, 0.25), ("adam", "raw")):
+        optimizer = NSF(params, p=p, step_scale=step_scale, weight_decay=0.0, fused=True, lr=0.1)
+        params[0].grad, params[1].grad = torch.zeros(100), torch.zeros(70)
+        params[1].grad[3] = 1.0
+        params[2].grad = None
+        optimizer.step()
+        assert torch.equal(params[0], torch.ones(100)) and torch.equal(params[2], torch.ones(50))
+        assert params[1][3] != 1 and torch.equal(params[1][4:], torch.ones(66))
+        params[1].data.fill_(1.0)
+
+
+@pytest.mark.parametrize("path", NAMES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step_scale", ["adam", "raw"])
+def test_what_is_not_a_number_is_not_hidden(step_scale, value, path):
+    results = []
+    for chosen in (PATHS[path], READABLE):
+        params = [nn.Parameter(torch.ones(100)), nn.Parameter(torch.ones(70))]
+        optimizer = NSF(params, p=0.1, step_scale=step_scale, **chosen)
+        for q in params:
+            q.grad = torch.ones_like(q)
+        params[0].grad[5] = value
+        optimizer.step()
+        results.append(params)
+    (ours, other), (theirs, _) = results
+    assert not ours[5].isfinite() and torch.equal(ours.isfinite(), theirs.isfinite()) and other.isfinite().all()

@@ -225,7 +225,7 @@ BAD = [
     (NSF, {"lr": -1.0}, "lr=-1.0"), (NSF, {"lr": float("nan")}, "lr=nan"), (NSF, {"betas": (1.0, 0.9)}, "1.0"),
     (NSF, {"betas": 0.9}, "betas=0.9"), (NSF, {"eps": -1e-8}, "eps=-1e-08"), (NSF, {"weight_decay": -0.1}, "-0.1"),
     (NSF, {"p": float("nan")}, "p=nan"), (NSF, {"p": "half"}, "p='half'"), (NSF, {"step_scale": "big"}, "big"),
-    (NSF, {"fused": True}, "fused=True"), (LCAM, {"lr": -1.0}, "lr=-1.0"),
+    (NSF, {"fused": True, "foreach": True}, "fused=True"), (LCAM, {"lr": -1.0}, "lr=-1.0"),
     (LCAM, {"low_loss_momentum": 1.0}, "low_loss_momentum=1.0"), (LCAM, {"high_loss_momentum": -0.1}, "-0.1"),
     (LCAM, {"high_loss_momentum": float("nan")}, "nan"), (LCAM, {"foreach": True, "fused": True}, "foreach=True"),
     (LCAM, {"nesterov": True, "low_loss_momentum": 0.0}, "nesterov=True"),

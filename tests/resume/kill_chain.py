@@ -5,9 +5,10 @@ One process imports the libraries and then forks every training (one child per r
 second and not ten. A child writes a byte at each step; the parent waits for a random step and a random moment within
 it and sends SIGKILL to all ranks, which also hits saves half-way. Called as
 
-    kill_chain.py OPTIMIZER KILLS PROCESSES FOLDER
+    kill_chain.py OPTIMIZER KILLS PROCESSES FOLDER [STATE_DICT_TYPE]
 
-it prints the number of kills that hit a running training, and exits with an error at the first difference.
+it prints the number of kills that hit a running training, and exits with an error at the first difference. With a type
+of state dict the training is one that FSDP2 shards over the processes.
 """
 
 import os
@@ -19,11 +20,13 @@ import time
 import traceback
 from pathlib import Path
 
+import fsdp_run
 import tiny_run
 import torch
 from transformers import TrainerCallback
 
-STEPS = 36
+STEPS, BATCH, SHARDED_BATCH = 36, 16, 14  # six epochs of six updates, with 96 rows or 80 texts
+SPAN = {False: 0.02, True: 0.1}  # seconds, about what a step and its save take: whole, sharded
 SETTINGS = {"dropout": 0.2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "num_train_epochs": 6}
 
 
@@ -37,18 +40,21 @@ class _Reports(TrainerCallback):
         os.write(self.pipe, b".")
 
 
-def _train(optimizer, folder, resume, rank, processes, port, pipe):
+def _train(optimizer, folder, resume, rank, processes, port, pipe, state_dict):
     """What a child does."""
     if processes > 1:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
-    trainer = tiny_run.make_trainer(
-        folder, optimizer, callbacks=[_Reports(pipe)], per_device_train_batch_size=16 // processes, **SETTINGS
-    )
+    settings = {**SETTINGS, "per_device_train_batch_size": BATCH // processes}
+    kind = tiny_run
+    if state_dict:
+        kind = fsdp_run
+        settings.update(state_dict=state_dict, per_device_train_batch_size=SHARDED_BATCH // processes)
+    trainer = kind.make_trainer(folder, optimizer, callbacks=[_Reports(pipe)], **settings)
     trainer.train(resume_from_checkpoint=resume)
-    torch.save(tiny_run.held(trainer), Path(folder, f"final-{rank}.pt"))
+    torch.save(kind.held(trainer), Path(folder, f"final-{rank}.pt"))
 
 
 def _free_port():
@@ -57,7 +63,7 @@ def _free_port():
         return listener.getsockname()[1]
 
 
-def run(optimizer, folder, processes, kill_after=None, delay=0.0):
+def run(optimizer, folder, processes, state_dict, kill_after=None, delay=0.0):
     """Fork a training, from the last checkpoint if there is one; whether it ended before it could be killed."""
     resume = any(Path(folder).glob("checkpoint-*/trainer_state.json"))
     reading, writing = os.pipe()
@@ -70,7 +76,7 @@ def run(optimizer, folder, processes, kill_after=None, delay=0.0):
             try:
                 os.close(reading)
                 own = writing if rank == 0 else os.open(os.devnull, os.O_WRONLY)
-                _train(optimizer, folder, resume, rank, processes, port, own)
+                _train(optimizer, folder, resume, rank, processes, port, own, state_dict)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -94,21 +100,24 @@ def run(optimizer, folder, processes, kill_after=None, delay=0.0):
     return False
 
 
-def main(optimizer, kills, processes, folder):
+def main(optimizer, kills, processes, folder, state_dict=None):
     whole = Path(folder, "whole")
-    run(optimizer, whole, processes)
+    run(optimizer, whole, processes, state_dict)
     expected = [torch.load(whole / f"final-{rank}.pt", weights_only=True) for rank in range(processes)]
     assert [entry["step"] for entry in expected[0]["logs"]] == list(range(1, STEPS + 1))
-    draw = random.Random(f"{optimizer} {processes}")
+    draw = random.Random(f"{optimizer} {processes}" + (f" {state_dict}" if state_dict else ""))
     hit, chain, resumed = 0, 0, 0
     while hit < kills:
         chain += 1
         broken = Path(folder, f"chain-{chain}")
         for _ in range(4):  # several kills in one training, as long as it is under way
-            if hit < kills and not run(optimizer, broken, processes, draw.randint(1, 14), draw.uniform(0, 0.02)):
+            if hit == kills:
+                break
+            after, delay = draw.randint(1, 14), draw.uniform(0, SPAN[bool(state_dict)])
+            if not run(optimizer, broken, processes, state_dict, after, delay):
                 hit += 1
                 resumed += any(broken.glob("checkpoint-*/trainer_state.json"))
-        run(optimizer, broken, processes)
+        run(optimizer, broken, processes, state_dict)
         for rank in range(processes):
             ours = torch.load(broken / f"final-{rank}.pt", weights_only=True)
             for key in ("weights", "state", "groups", "logs"):
@@ -117,4 +126,4 @@ def main(optimizer, kills, processes, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

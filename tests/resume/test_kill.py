@@ -11,19 +11,22 @@ import pytest
 
 HERE = Path(__file__).parent
 CASES = [
-    pytest.param("lcam", 2, 1),
-    pytest.param("nsf", 2, 1),
-    *(pytest.param(name, 20, 1, marks=pytest.mark.slow) for name in ("lcam", "nsf")),
-    *(pytest.param(name, 5, 2, marks=pytest.mark.slow) for name in ("lcam", "nsf")),
+    pytest.param("lcam", 2, 1, None),
+    pytest.param("nsf", 2, 1, None),
+    *(pytest.param(name, 20, 1, None, marks=pytest.mark.slow) for name in ("lcam", "nsf")),
+    *(pytest.param(name, 5, 2, None, marks=pytest.mark.slow) for name in ("lcam", "nsf")),
+    *(pytest.param(name, 3, 2, "SHARDED_STATE_DICT", marks=pytest.mark.slow) for name in ("lcam", "nsf")),
+    *(pytest.param(name, 3, 2, "FULL_STATE_DICT", marks=pytest.mark.slow) for name in ("lcam", "nsf")),
 ]
 
 
-@pytest.mark.parametrize(("optimizer", "kills", "processes"), CASES)
-def test_killed_runs_end_as_uninterrupted_ones(optimizer, kills, processes, tmp_path):
-    paths = [str(HERE), str(HERE.parent / "distributed"), str(HERE.parents[1])]
+@pytest.mark.parametrize(("optimizer", "kills", "processes", "sharded"), CASES)
+def test_killed_runs_end_as_uninterrupted_ones(optimizer, kills, processes, sharded, tmp_path):
+    paths = [str(HERE), *(str(HERE.parent / name) for name in ("distributed", "sharded")), str(HERE.parents[1])]
+    options = [optimizer, str(kills), str(processes), str(tmp_path), *([sharded] if sharded else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
-        [sys.executable, str(HERE / "kill_chain.py"), optimizer, str(kills), str(processes), str(tmp_path)],
+        [sys.executable, str(HERE / "kill_chain.py"), *options],
         env=environment, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

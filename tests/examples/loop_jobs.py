@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of examples/accelerate_loop.py, in any launcher's process.
+
+Run as a script with a JSON file of jobs and a folder, each process writes what it holds at the end of a job to
+`<folder>/<job>-<rank>.pt`.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from unittest import mock
+
+for _folder in (str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples")):
+    if _folder not in sys.path:
+        sys.path.insert(0, _folder)
+
+import accelerate_loop  # noqa: E402
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
+
+class Killed(BaseException):
+    """Stands for a kill where the process has to live on."""
+
+
+def run_job(args, killed_in_save=None, kill_rank=None, first_scale=None):
+    """Run the loop once; return what this process holds at its end.
+
+    Args:
+        args: the command line.
+        killed_in_save: end the run in this save, when all files of accelerate are written but nothing else.
+        kill_rank: the rank that gets a SIGKILL there; None stands for an exception in every process.
+        first_scale: train with a loss scaler of the CPU that starts with this scale.
+    """
+    AcceleratorState._reset_state()  # the last job may have used another precision
+    GradientState._reset_state()
+    held, saves = {}, []
+    save_state, build_accelerator = Accelerator.save_state, accelerate_loop.build_accelerator
+
+    def end_training(accelerator):
+        held.update(
+            weights={name: value.detach().clone() for name, value in accelerator._models[0].state_dict().items()},
+            optimizer=accelerator._optimizers[0].state_dict(),
+            scheduler=accelerator._schedulers[0].state_dict(),
+            random=torch.get_rng_state(),
+        )
+
+    def save(accelerator, *args, **kwargs):
+        saves.append(1)
+        if len(saves) == killed_in_save and kill_rank == accelerator.process_index:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_state(accelerator, *args, **kwargs)
+        if len(saves) == killed_in_save and kill_rank is None:
+            raise Killed
+
+    def build(arguments):
+        accelerator = build_accelerator(arguments)
+        if first_scale is not None:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=first_scale, growth_interval=4)
+        return accelerator
+
+    with (
+        mock.patch.object(Accelerator, "end_training", end_training),
+        mock.patch.object(Accelerator, "save_state", save),
+        mock.patch.object(accelerate_loop, "build_accelerator", build),
+    ):
+        try:
+            held["report"] = accelerate_loop.main(args)
+        except (Killed, accelerate_loop.DataError) as error:
+            held["error"] = str(error)
+    return held
+
+
+if __name__ == "__main__":
+    jobs, target = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
+    for job in jobs:
+        name = job.pop("name")
+        torch.save(run_job(**job), Path(target, f"{name}-{os.environ.get('RANK', 0)}.pt"))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bare Accelerate loop: it learns, resumes bit for bit, and keeps all processes alike."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import accelerate_loop
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from embedded_data import load_digits_images
+from example_training import run
+from loop_jobs import run_job
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from hf_nsf import LCAM, NSF, LossPhase, PCycle, p_schedule
+
+OPTIMIZERS = ("nsf", "lcam")
+ROWS, BATCH, ACCUMULATION, EPOCHS, UPDATES, AN_EPOCH = 112, 16, 2, 3, 12, 4  # the fourth has one micro-batch
+RATES = {"nsf": "1e-3", "lcam": "1e-2"}
+
+
+@functools.cache
+def inputs():
+    """A folder with parts of the digits, and with tiny ViTs with and without dropout (the ResNet draws no numbers)."""
+    folder = Path(tempfile.mkdtemp())
+    digits = load_digits_images()
+    for split, rows in (("train", ROWS), ("validation", 50), ("test", 50)):
+        digits[split].select(range(rows)).to_parquet(folder / f"{split}.parquet")
+    for name, dropout in (("dropout", 0.2), ("plain", 0.0)):
+        torch.manual_seed(0)
+        config = ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8,
+            patch_size=4, hidden_dropout_prob=dropout, num_labels=10,
+        )  # fmt: skip
+        ViTForImageClassification(config).save_pretrained(folder / name)
+        ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder / name)
+    return folder
+
+
+def command_line(output, optim, *more, model="dropout"):
+    folder = inputs()
+    args = {
+        "output_dir": output, "optim": optim, "model_name_or_path": folder / model, "learning_rate": RATES[optim],
+        "num_train_epochs": EPOCHS, "batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION, "cycles": 3,
+        "checkpointing_steps": 3, **{f"{split}_file": folder / f"{split}.parquet" for split in ("train", "validation")},
+    }  # fmt: skip
+    return [str(part) for name, value in args.items() for part in (f"--{name}", value)] + [*map(str, more)]
+
+
+@functools.cache
+def whole(optim):
+    """What an uninterrupted run in one process holds at its end, and its folder."""
+    folder = Path(tempfile.mkdtemp())
+    return run_job(command_line(folder, optim)), folder
+
+
+def same(a, b):
+    """Bit for bit the same, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """The process's own Accelerator, on the CPU, and none left behind for other tests."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+# ---- one process
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_resumes_bit_for_bit_in_mid_epoch(optim, tmp_path, fresh):
+    held, folder = whole(optim)
+    checkpoint = folder / "checkpoint-6"
+    assert json.loads((checkpoint / "progress.json").read_text())["batches"] == 4
+    assert same(run_job(command_line(tmp_path, optim, "--resume_from_checkpoint", checkpoint)), held)
+    log = held["report"]["log"]
+    assert len(log) == UPDATES == held["report"]["updates"]
+    assert json.loads((tmp_path / "metrics.json").read_text())["log"] == log
+    knob = {"nsf": "p", "lcam": "momentum"}[optim]
+    assert len({entry[knob] for entry in log[6:]}) > 1  # the resumed part has changes to get right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_resumes_bit_for_bit_at_the_end_of_an_epoch(optim, tmp_path, fresh):
+    held, _ = whole(optim)
+    run_job(command_line(tmp_path, optim, "--checkpointing_steps", AN_EPOCH))
+    checkpoint = tmp_path / f"checkpoint-{AN_EPOCH}"
+    assert same(run_job(command_line(tmp_path, optim, "--resume_from_checkpoint", checkpoint)), held)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_the_values_of_each_update(optim, fresh):
+    held, _ = whole(optim)
+    log, group = held["report"]["log"], held["optimizer"]["param_groups"][0]
+    rate = float(RATES[optim])
+    schedule = [min(k / 1, (UPDATES - k) / (UPDATES - 1)) for k in range(UPDATES)]
+    assert [entry["lr"] for entry in log] == pytest.approx([rate * part for part in schedule])
+    if optim == "nsf":
+        assert [entry["p"] for entry in log] == p_schedule(range(UPDATES), cycles=3, total_steps=UPDATES)
+        assert group["p_cycle_step"] == UPDATES
+    else:
+        phase = LossPhase(LCAM([torch.zeros(1)]))
+        for index, entry in enumerate(log):
+            if index % AN_EPOCH == 0:
+                phase.start_epoch()
+            assert entry["momentum"] == phase.optimizer.param_groups[0]["momentum"]
+            phase.step(entry["loss"])
+        assert group["loss_count"] == AN_EPOCH and len({entry["momentum"] for entry in log}) == 2
+
+
+def test_the_loss_and_the_gradient_are_those_of_the_whole_update(tmp_path, fresh):
+    """One update an epoch of all rows at once equals one that accumulates, with a last micro-batch of its own."""
+    at_once = ["--batch_size", ROWS, "--gradient_accumulation_steps", 1, "--num_train_epochs", 4]
+    parts = ["--batch_size", ROWS // 4, "--gradient_accumulation_steps", 5, "--num_train_epochs", 4]
+    a, b = (run_job(command_line(tmp_path, "nsf", *more, model="plain")) for more in (at_once, parts))
+    losses_a, losses_b = ([entry["loss"] for entry in each["report"]["log"]] for each in (a, b))
+    assert losses_a == pytest.approx(losses_b, rel=1e-5) and len(losses_a) == 4
+    moments_a, moments_b = (each["optimizer"]["state"][0]["exp_avg"] for each in (a, b))
+    assert torch.allclose(moments_a, moments_b, rtol=1e-3, atol=1e-7) and moments_a.abs().max() > 1e-4
+
+
+def test_a_killed_save_is_passed_over(tmp_path, fresh):
+    args = command_line(tmp_path, "lcam", "--resume_from_checkpoint", "last")
+    assert "report" not in run_job(args, killed_in_save=3)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-6", "partial-checkpoint"}
+    assert same(run_job(args), whole("lcam")[0])
+    assert not (tmp_path / "partial-checkpoint").exists()
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_skipped_fp16_updates_move_nothing(optim, tmp_path, fresh):
+    """With the CPU's scaler: the first scale overflows, and it grows until it overflows again."""
+    args = command_line(tmp_path / "whole", optim)
+    held = run_job(args, first_scale=2.0**127)
+    log, group = held["report"]["log"], held["optimizer"]["param_groups"][0]
+    made = held["scheduler"]["last_epoch"]
+    assert 1 < UPDATES - made < UPDATES / 2
+    assert log[1]["lr"] == log[0]["lr"] == 0  # the first was skipped, so the second starts the warm-up
+    if optim == "nsf":
+        assert group["p_cycle_step"] == made and log[1]["p"] == log[0]["p"]
+    else:
+        assert group["loss_count"] <= AN_EPOCH and log[1]["momentum"] == log[0]["momentum"]
+    step = held["optimizer"]["state"][0].get("step")
+    assert step is None or step == made
+    resumed = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-6"]
+    assert same(run_job(command_line(tmp_path / "resumed", optim, *resumed), first_scale=2.0**127), held)
+
+
+def test_bf16_autocast(tmp_path, fresh):
+    held = run_job(command_line(tmp_path, "nsf", "--mixed_precision", "bf16"))
+    losses, exact = ([entry["loss"] for entry in each["report"]["log"]] for each in (held, whole("nsf")[0]))
+    assert losses != exact and losses == pytest.approx(exact, rel=0.02)
+    assert all(value.dtype == torch.float32 for value in held["weights"].values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--optim", "adam"], "optim='adam' is unknown: allowed are nsf, lcam"),
+        (["--mixed_precision", "fp8"], "mixed_precision='fp8' is unknown: allowed are no, bf16, fp16"),
+        (["--mixed_precision", "fp16"], "mixed_precision='fp16' needs a GPU: allowed are no, bf16"),
+        (["--p_min", "0.7"], "p_min=0.7 is above p_max=0.5"),
+        (["--cycles", "0"], "cycles=0.0"),
+        (["--optim", "lcam", "--low_loss_momentum", "2"], "low_loss_momentum=2.0, allowed is a number in [0, 1)"),
+        (["--learning_rate", "-1"], "lr=-1.0"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 is not allowed: give 1 or more"),
+        (["--train_file", "gone.csv"], "'gone.csv' does not exist"),
+        (["--resume_from_checkpoint", "gone"], "resume_from_checkpoint='gone' is no checkpoint of this script"),
+        (["--momentum", "0.9"], "--momentum"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(flags, sentence, tmp_path, fresh, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["accelerate_loop.py", "--output_dir", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as caught:
+        run(accelerate_loop.main)
+    assert str(caught.value).startswith("error: ") and sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_optimizers_checkpoint_is_refused(tmp_path, fresh):
+    run_job(command_line(tmp_path, "nsf", "--num_train_epochs", 1))
+    error = run_job(command_line(tmp_path, "lcam", "--resume_from_checkpoint", "last"))["error"]
+    assert "is of optim=nsf, this run of optim=lcam" in error
+
+
+@pytest.mark.parametrize("made", ["before prepare", "before load_state", "after load_state"])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_controllers_may_be_made_before_or_after_load_state(optim, made, tmp_path, fresh):
+    batches = torch.randn(12, 8, 6, generator=torch.Generator().manual_seed(1))
+    batches[1::2] *= 3  # their loss is above the mean
+
+    def train(updates, load=None, save=None):
+        def controller():
+            return PCycle(optimizer, p_min=-0.2, cycle_steps=7) if optim == "nsf" else LossPhase(optimizer)
+
+        accelerator = Accelerator()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        optimizer = {"nsf": NSF, "lcam": LCAM}[optim](model.parameters(), lr=0.05)
+        control = controller() if made == "before prepare" else None
+        model, optimizer = accelerator.prepare(model, optimizer)
+        control = control or (controller() if made == "before load_state" else None)
+        if load is not None:
+            accelerator.load_state(str(load))
+        control = control or controller()
+        used = []
+        for batch in batches[updates]:
+            loss = (model(batch) - batch[:, :3]).square().mean()
+            accelerator.backward(loss)
+            used.append(optimizer.param_groups[0]["p" if optim == "nsf" else "momentum"])
+            optimizer.step()
+            optimizer.zero_grad()
+            control.step(loss) if optim == "lcam" else control.step()
+        if save is not None:
+            accelerator.save_state(str(save))
+        return [value.detach().clone() for value in model.parameters()], optimizer.state_dict(), used
+
+    weights, state, used = train(slice(0, 12))
+    first = train(slice(0, 5), save=tmp_path / "state")[2]
+    resumed = train(slice(5, 12), load=tmp_path / "state")
+    assert same(resumed[:2], (weights, state)) and first + resumed[2] == used
+    assert len(set(used[5:])) > 1
+
+
+# ---- several processes
+
+
+def launch(jobs, folder, launcher="torchrun", processes=2):
+    """Run jobs under a launcher; return its finished process."""
+    Path(folder, "jobs.json").write_text(json.dumps(jobs))
+    python = [sys.executable, "-m"]
+    command = {
+        "torchrun": [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
+        "accelerate": [*python, "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}",
+                       "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"],
+    }[launcher]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    worker = Path(__file__).with_name("loop_jobs.py")
+    return subprocess.run(
+        [*command, str(worker), str(Path(folder, "jobs.json")), str(folder)],
+        env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+
+def results(folder, jobs, processes=2):
+    """What each process held at the end of each job: {job: [rank 0, rank 1]}."""
+    load = functools.partial(torch.load, weights_only=False)
+    return {job["name"]: [load(Path(folder, f"{job['name']}-{rank}.pt")) for rank in range(processes)] for job in jobs}
+
+
+def check_two_processes(folder, optim, launcher="torchrun"):
+    jobs = [
+        {"name": "whole", "args": command_line(folder / "whole", optim)},
+        {"name": "resumed", "args": command_line(
+            folder / "resumed", optim, "--resume_from_checkpoint", folder / "whole" / "checkpoint-6")},
+        {"name": "plain", "args": command_line(folder / "plain", optim, model="plain")},
+        {"name": "odd", "args": command_line(folder, optim, "--batch_size", 15)},
+    ]  # fmt: skip
+    done = launch(jobs, folder, launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = results(folder, jobs)
+    assert "batch_size=15 is no multiple of the 2 processes" in ranks["odd"][0]["error"]
+    for name in ("whole", "resumed", "plain"):
+        a, b = ranks[name]
+        assert same({**a, "random": None}, {**b, "random": None})  # one model, one log
+        assert not torch.equal(a["random"], b["random"])  # but each its own dropout
+    assert same(ranks["resumed"], ranks["whole"])
+    # Two processes share each batch: they make the updates of one process.
+    one = run_job(command_line(folder / "one", optim, model="plain"))["report"]
+    two = ranks["plain"][0]["report"]
+    for mine, other in zip(one["log"], two["log"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+    assert [each["accuracy"] for each in one["epochs"]] == [each["accuracy"] for each in two["epochs"]]
+
+
+def test_two_processes(tmp_path, fresh):
+    check_two_processes(tmp_path, "lcam")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optim", "launcher"), [("nsf", "torchrun"), ("lcam", "accelerate"), ("nsf", "accelerate")])
+def test_two_processes_in_other_ways(optim, launcher, tmp_path, fresh):
+    check_two_processes(tmp_path, optim, launcher)
+
+
+@pytest.mark.slow
+def test_two_processes_one_of_them_killed_while_saving(tmp_path, fresh):
+    good, broken = (command_line(tmp_path / name, "lcam", "--resume_from_checkpoint", "last") for name in ("a", "b"))
+    killed = launch([{"name": "killed", "args": broken, "killed_in_save": 3, "kill_rank": 1}], tmp_path)
+    assert killed.returncode != 0
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"checkpoint-3", "checkpoint-6", "partial-checkpoint"}
+    jobs = [{"name": "whole", "args": good}, {"name": "broken", "args": broken}]
+    done = launch(jobs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Resuming from") == 1 and "checkpoint-6" in done.stdout
+    ranks = results(tmp_path, jobs)
+    assert same(ranks["broken"], ranks["whole"])
+
+
+# ---- it learns the digits
+
+
+def learn(folder, optim, *more):
+    return ["--output_dir", str(folder), "--optim", optim, "--num_train_epochs", "4", "--image_size", "16", *more]
+
+
+def test_learns_the_digits(tmp_path, fresh):
+    report = run_job(learn(tmp_path, "nsf"))["report"]
+    assert report["test_accuracy"] >= 0.95
+    assert report["epochs"][-1]["loss"] < report["epochs"][0]["loss"] / 3
+
+
+@pytest.mark.slow
+def test_both_learn_in_one_and_in_two_processes(tmp_path, fresh):
+    jobs = [
+        {"name": f"{optim}-{precision}", "args": learn(tmp_path / f"{optim}-{precision}", optim, *flags)}
+        for optim in OPTIMIZERS
+        for precision, flags in (("no", []), ("bf16", ["--mixed_precision", "bf16"]))
+    ]
+    done = launch(jobs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, held in results(tmp_path, jobs).items():
+        assert held[0]["report"]["test_accuracy"] >= 0.95, name
+    for job in jobs:
+        assert run_job(job["args"])["report"]["test_accuracy"] >= 0.95, job["name"]
