@@ -14,7 +14,14 @@ from .validation import check_at_least_zero, check_decay
 
 # What hf_nsf.LossPhase and the Trainer's callback remember of a run. It stands in the groups from the beginning, since
 # what loads a sharded state (FSDP2, torch.distributed.checkpoint) fills in the entries that it finds and adds none.
-_RUN = {"loss_sum": 0.0, "loss_count": 0, "loss_mean": 0.0, "loss_phase": 0, "loss_window": 0}
+_RUN = {
+    "loss_sum": 0.0,
+    "loss_count": 0,
+    "loss_mean": 0.0,
+    "loss_phase": 0,
+    "loss_window": 0,
+    "loss_windows_average": -1,
+}
 
 
 def phase_momentum(group: dict[str, Any], low: bool) -> float:

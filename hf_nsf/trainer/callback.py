@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,8 +40,10 @@ class SpectralCallback(TrainerCallback):
     Every Trainer made after `import hf_nsf` has its own, so users need not add one. While `Trainer.train` runs, each
     value that `training_step` returns is handed to :meth:`observe`; the sum over an update's micro-batches is the loss
     that the Trainer logs, and the one that LCAM compares. An update of fewer micro-batches than the run's usual number
-    takes no part in the decision, since many models sum rather than average over an accumulation window; where the
-    Trainer itself averages (`windows_are_averages`, set by the wrapper of `Trainer.train`) it does take part.
+    (the last of an epoch) takes part in the decision where that sum is an average. Many models sum rather than average
+    over an accumulation window, so `windows_average`, which the wrapper of `Trainer.train` sets, is asked: once in a
+    run, at the first such update. The answer stands in every parameter group (`loss_windows_average`: 1 yes, 0 no, -1
+    not asked yet).
 
     Adds to the Trainer's logs the values used in that step: `nsf_p`; `lcam_momentum`, `lcam_loss_phase` (the phase that
     chose it: 1 low, 0 high) and, once there is one, `lcam_loss_mean` (the mean that decided).
@@ -53,7 +57,12 @@ class SpectralCallback(TrainerCallback):
         self._used: dict[str, float] = {}
         self._resumed_in_epoch = False
         self._warned = False
-        self.windows_are_averages = False
+        self.windows_average: Callable[[], bool | None] | None = None
+
+    @property
+    def compares_losses(self) -> bool:
+        """Whether the losses of this run decide anything."""
+        return self._phase is not None
 
     def observe(self, loss: Any) -> None:
         """Take the loss of one micro-batch, as `Trainer.training_step` returned it."""
@@ -93,6 +102,11 @@ class SpectralCallback(TrainerCallback):
             self._phase = LossPhase(inner, **(options or {}))
             if not resumed:
                 self._phase.restart()
+            for group in inner.param_groups:
+                if not resumed or group.get("loss_window", 0) > args.gradient_accumulation_steps:
+                    group.update(loss_window=0, loss_windows_average=-1)
+                group.setdefault("loss_window", 0)
+                group.setdefault("loss_windows_average", -1)
         elif options is not None:  # an NSF made by the user without the string keeps the p that it was given
             known = resumed and first.get("p_cycle_step") is not None
             self._cycle = PCycle(inner, **cycle_arguments(options, state.max_steps))
@@ -140,11 +154,26 @@ class SpectralCallback(TrainerCallback):
                 )
                 self._warned = True
             return
-        usual = max(len(losses), self._optimizer.param_groups[0].get("loss_window") or 0)
-        for group in self._optimizer.param_groups:
-            group["loss_window"] = usual
-        comparable = self.windows_are_averages or len(losses) == usual
+        comparable = self._comparable(len(losses))
         self._phase.step(torch.stack(losses).sum(), skipped=skipped or not comparable)
+
+    def _comparable(self, micro_batches: int) -> bool:
+        """Whether the loss of an update of that many micro-batches may be compared with the others."""
+        assert self._phase is not None
+        groups = self._optimizer.param_groups
+        usual = max(micro_batches, groups[0]["loss_window"])
+        for group in groups:
+            group["loss_window"] = usual
+        if micro_batches == usual:
+            return True
+        if groups[0]["loss_windows_average"] < 0:
+            answer = self.windows_average() if self.windows_average is not None else False
+            agreed = self._phase._mean_over_processes(math.nan if answer is None else float(answer))
+            if math.isnan(agreed):
+                return False
+            for group in groups:
+                group["loss_windows_average"] = int(agreed == 1.0)
+        return groups[0]["loss_windows_average"] == 1
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         """Add the values used to the log of a training loss, before trackers see it."""

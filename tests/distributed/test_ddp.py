@@ -36,6 +36,7 @@ JOBS = [
      "optim_args": "low_loss_momentum=0.8,high_loss_momentum=0.9,loss_average=ema"},
     {"name": "short epoch, nsf, steps", "optimizer": "nsf", "max_steps": 10, **SHORT_EPOCH},
     {"name": "short batch", "optimizer": "lcam", "size": 89, "accelerator_config": {"even_batches": False}},
+    {"name": "windows", "optimizer": "lcam", "counts_items": True, "gradient_accumulation_steps": 4},
 ]  # fmt: skip
 LAUNCHES = [
     pytest.param("torchrun", 2),
@@ -172,6 +173,19 @@ def test_uneven_batches_that_the_trainer_can_do_are_done(job, steps, launcher, p
     assert first["error"] is None and first["steps"] == steps
     for other in others:
         assert all(same(first[key], other[key]) for key in ("weights", "state", "groups"))
+
+
+@pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
+def test_short_accumulation_windows_take_part_on_every_rank(launcher, processes):
+    # Six batches an epoch in windows of 4 and 2, of a model that divides by the items of its window on all ranks.
+    ranks, alone = results(launcher, processes)["windows"], results("none", 1)["windows"][0]
+    for rank in ranks:
+        assert all(same(ranks[0][key], rank[key]) for key in ("weights", "state", "groups"))
+        assert rank["groups"][0]["loss_windows_average"] == 1 and rank["groups"][0]["loss_window"] == 4
+    assert used(ranks[0], "lcam_loss_phase") == used(alone, "lcam_loss_phase") and len(alone["logs"]) == 6
+    losses = used(ranks[0], "loss")
+    means = [entry.get("lcam_loss_mean") for entry in ranks[0]["logs"]]
+    assert means[2] == pytest.approx(sum(losses[:2]) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize(("optimizer",), [("lcam",), pytest.param("nsf", marks=pytest.mark.slow)])

@@ -54,6 +54,15 @@ class Averaging(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+class Counting(Averaging):
+    """Divides by the number of items of the whole accumulation window, as causal language models do."""
+
+    def forward(self, x, labels=None, num_items_in_batch=None, **kwargs):
+        logits = self.layers(x)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+        return {"loss": loss, "logits": logits}
+
+
 def arguments(folder, optimizer, **changes):
     values = {
         "output_dir": str(folder), "num_train_epochs": 3, "per_device_train_batch_size": 8, "logging_steps": 1,
@@ -66,10 +75,10 @@ def arguments(folder, optimizer, **changes):
     return TrainingArguments(**values)
 
 
-def make_trainer(folder, optimizer, dropout=0.0, dataset=None, callbacks=None, **changes):
+def make_trainer(folder, optimizer, dropout=0.0, dataset=None, callbacks=None, counts_items=False, **changes):
     set_seed(3)
     return Trainer(
-        model=Averaging(dropout),
+        model=(Counting if counts_items else Averaging)(dropout),
         args=arguments(folder, optimizer, **changes),
         train_dataset=Rows() if dataset is None else dataset,
         callbacks=callbacks,

@@ -248,14 +248,29 @@ def test_no_loss_seen_warns_once(tmp_path, monkeypatch):
     assert len(said) == 1 and "hf_nsf.LossPhase" in said[0]
 
 
-def test_an_optimizer_given_by_class_is_driven_too(tmp_path):
+def by_class(folder, cls, options, **changes):
     trainer = Trainer(
-        model=bert(), args=arguments(tmp_path), train_dataset=Words(),
-        optimizer_cls_and_kwargs=(hf_nsf.LCAM, {"lr": 0.02, "low_loss_momentum": 0.8, "high_loss_momentum": 0.9}),
-    )  # fmt: skip
+        model=bert(), args=arguments(folder, **changes), train_dataset=Words(), optimizer_cls_and_kwargs=(cls, options)
+    )
     trainer.train()
-    logs = train_logs(trainer)
+    assert type(trainer.optimizer.optimizer) is cls
+    return train_logs(trainer)
+
+
+def test_an_lcam_given_by_class_is_driven_too(tmp_path):
+    options = {"lr": 0.02, "low_loss_momentum": 0.8, "high_loss_momentum": 0.9}
+    logs = by_class(tmp_path, hf_nsf.LCAM, options)
     assert [entry["lcam_momentum"] for entry in logs] == momenta_from_losses(logs, 11)
+    assert len({entry["lcam_momentum"] for entry in logs}) == 2
+
+
+def test_an_nsf_given_by_class_keeps_its_p_unless_the_options_of_a_cycle_are_given(tmp_path):
+    logs = by_class(tmp_path, hf_nsf.NSF, {"lr": 1e-3, "p": 0.125})
+    assert [entry["nsf_p"] for entry in logs] == [0.125] * 33
+    assert sum(entry["loss"] for entry in logs[-11:]) < sum(entry["loss"] for entry in logs[:11])
+    logs = by_class(tmp_path, hf_nsf.NSF, {"lr": 1e-3}, **OPTIMIZERS["nsf"])
+    expected = hf_nsf.p_schedule(range(33), p_min=-0.25, p_max=0.5, cycles=2, total_steps=33)
+    assert [entry["nsf_p"] for entry in logs] == expected
 
 
 def test_tensorboard_receives_the_keys(tmp_path, monkeypatch):
