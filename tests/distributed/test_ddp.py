@@ -155,7 +155,7 @@ def test_other_optimizers_are_not_compared(launcher, processes):
 
 @pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
 def test_ranks_that_would_wait_for_each_other_are_stopped_with_a_sentence(launcher, processes):
-    # The Trainer itself, with any optimizer, waits at the end for the ranks with fewer updates until ddp_timeout.
+    # The Trainer itself, seen with AdamW and SGD, waits at its end for the ranks that had fewer updates.
     made = results(launcher, processes)
     for job in ("short epoch, lcam", "short epoch, nsf"):
         errors = {result["error"] for result in made[job]}
