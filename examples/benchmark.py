@@ -154,6 +154,7 @@ def step_seconds(optimizer: torch.optim.Optimizer, device: str) -> float:
 def extra_memory(optimizer: torch.optim.Optimizer, device: str) -> int:
     """Peak of what a step holds beyond what was there before it, in bytes, its kept scratch included."""
     kept = sum(x.nbytes for x in getattr(getattr(optimizer, "_scratch", None), "_held", {}).values())
+    kept += getattr(getattr(optimizer, "_compiled", None), "nbytes", 0)
     if device == "cuda":
         wait(device)
         before = torch.cuda.memory_allocated()

@@ -59,7 +59,7 @@ def run_job(args, killed_in_save=None, kill_rank=None, first_scale=None):
     def build(arguments):
         accelerator = build_accelerator(arguments)
         if first_scale is not None:
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=first_scale, growth_interval=4)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=first_scale, growth_interval=1)
         return accelerator
 
     with (

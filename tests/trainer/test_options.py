@@ -41,7 +41,7 @@ BAD = [
     ("nsf", "p=0.5,cycle_shape=cosine", ["cycle_shape", "constant p"]),
     ("nsf", "cycle_shape=sine", ["cycle_shape='sine'", "cosine, triangular, sawtooth, square"]),
     ("nsf", "step_scale=big", ["step_scale='big'", "adam, raw"]),
-    ("nsf", "fused=true", ["fused=True", "allowed"]),
+    ("nsf", "foreach=true,fused=true", ["fused=True", "at most one"]),
 ]
 
 
