@@ -123,10 +123,12 @@ class NSF(Optimizer):
         """Drop what is kept between steps and is of no copy and no pickle."""
         self._scratch = Scratch()
         self._compiled: Any = None
+        self._elements: int | None = None  # of all parameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own options are checked as the constructor's are."""
         super().add_param_group(param_group)
+        self._elements = None
         group = self.param_groups[-1]
         try:
             _check_group(group)
@@ -191,7 +193,9 @@ class NSF(Optimizer):
 
     def _compiles(self, group: dict[str, Any]) -> bool:
         """Whether this group's step goes through the compiled loops; makes them at the first call."""
-        if not group["fused"] and (group["fused"] is False or self._elements() < COMPILED_FROM):
+        if self._elements is None:
+            self._elements = sum(q.numel() for group in self.param_groups for q in group["params"])
+        if not group["fused"] and (group["fused"] is False or self._elements < COMPILED_FROM):
             return False
         loops = compiled_loops()
         if loops is None or not loops.is_ready(group["step_scale"]):
@@ -199,10 +203,6 @@ class NSF(Optimizer):
         if self._compiled is None:
             self._compiled = loops.CompiledNSF()
         return True
-
-    def _elements(self) -> int:
-        """Elements of all parameters."""
-        return sum(q.numel() for group in self.param_groups for q in group["params"])
 
     def _split(self, group: dict[str, Any]) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]]]:
         """Create missing states; deal the whole parameters to the paths: single, multi-tensor, blocked."""
@@ -262,7 +262,7 @@ def compiled_loops() -> Any:
     """The module of the compiled loops, or None without numba."""
     try:
         from . import nsf_compiled
-    except ImportError:
+    except Exception:  # none installed, one that does not fit numpy, or no folder that its cache can be written to
         return None
     return nsf_compiled
 

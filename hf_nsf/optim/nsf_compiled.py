@@ -292,13 +292,15 @@ class CompiledNSF:
         Args:
             params: parameters with gradients.
             states: their states.
-            group: where betas, eps, weight_kept, step_scale and maximize stand.
+            group: where betas, eps, weight_decay, step_scale and maximize stand.
             lr: learning rate.
             p: exponent.
         """
         torch._foreach_add_([state["step"] for state in states], 1)
         work = [(q, q.grad, s["exp_avg"], s["exp_avg_sq"], s["step"]) for q, s in zip(params, states, strict=True)]
         work = [item for item in work if item[0].numel()]
+        if not work:
+            return
         sizes = tuple(item[0].numel() for item in work)
         plan = self._plans.get(sizes)
         if plan is None:

@@ -216,3 +216,38 @@ def test_what_is_not_a_number_is_not_hidden(step_scale, value, path):
         results.append(params)
     (ours, other), (theirs, _) = results
     assert not ours[5].isfinite() and torch.equal(ours.isfinite(), theirs.isfinite()) and other.isfinite().all()
+
+
+@needs_numba
+def test_empty_tensors_alone_are_nothing_to_do():
+    empty = nn.Parameter(torch.ones(0))
+    empty.grad = torch.ones(0)
+    optimizer = NSF([empty], p=0.1, fused=True)
+    optimizer.step()
+    assert optimizer.state[empty]["step"] == 1
+
+
+@needs_numba
+def test_loops_that_do_not_compile_are_not_used(monkeypatch):
+    loops = nsf.compiled_loops()
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(loops, "is_ready", loops.is_ready.__wrapped__)
+    monkeypatch.setattr(loops, "_grafted_step", fails)
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    for params, chosen in ((ours, {"fused": True}), (theirs, READABLE)):
+        drive(NSF(params, p=0.1, **chosen), params, steps=5)
+    assert relative_error(ours, theirs) <= 1e-6
+
+
+def test_a_group_added_later_counts(monkeypatch):
+    monkeypatch.setattr(nsf, "COMPILED_FROM", 10)
+    monkeypatch.setattr(nsf, "compiled_loops", lambda: None)
+    optimizer = NSF([nn.Parameter(torch.ones(4))], p=0.1)
+    optimizer._compiles(optimizer.param_groups[0])
+    assert optimizer._elements == 4
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(7))]})
+    optimizer._compiles(optimizer.param_groups[0])
+    assert optimizer._elements == 11
