@@ -67,7 +67,8 @@ class NSF(Optimizer):
         fused: True for loops over float32 parameters on the CPU that numba compiles at the first step (the extra
             `fused`; some ten seconds, after which they are cached); None for these where numba is installed and the
             parameters have a million elements or more; False leaves out these and the blocked path. At p = 1/2 both
-            are torch's fused AdamW.
+            are torch's fused AdamW; where p is far from the usual (above 1, or below -1/2 for "raw" and -2 for "adam")
+            the blocked path steps in.
         kahan: keep what rounding drops from bfloat16 and float16 parameters, in a state of their dtype, and add it
             again at the next step. None means True; float32 and float64 parameters need none and get none.
 
@@ -179,7 +180,7 @@ class NSF(Optimizer):
             sharded += [(q, self.state[q], group) for q in group["params"] if is_sharded(q)]
             for bucket in blocked:
                 states, lr, p = [self.state[q] for q in bucket], _item(group["lr"]), _item(group["p"])
-                if bucket[0].dtype == torch.float32 and not is_adam(group, p) and self._compiles(group):
+                if bucket[0].dtype == torch.float32 and not is_adam(group, p) and self._compiles(group, p):
                     self._compiled.step(bucket, states, group, lr, p)
                 else:
                     blocked_nsf(bucket, states, group, lr, p, self._scratch)
@@ -191,14 +192,14 @@ class NSF(Optimizer):
             _sharded_nsf(sharded)
         return loss
 
-    def _compiles(self, group: dict[str, Any]) -> bool:
+    def _compiles(self, group: dict[str, Any], p: float) -> bool:
         """Whether this group's step goes through the compiled loops; makes them at the first call."""
         if self._elements is None:
             self._elements = sum(q.numel() for group in self.param_groups for q in group["params"])
         if not group["fused"] and (group["fused"] is False or self._elements < COMPILED_FROM):
             return False
         loops = compiled_loops()
-        if loops is None or not loops.is_ready(group["step_scale"]):
+        if loops is None or not loops.holds_at(p, group["step_scale"]) or not loops.is_ready(group["step_scale"]):
             return False
         if self._compiled is None:
             self._compiled = loops.CompiledNSF()

@@ -27,6 +27,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+TILE = 256  # elements that go through all arithmetic in the first cache
 CHUNK = 1 << 13  # elements of one piece of work
 BATCH = 1 << 19  # elements of tensors that go through both loops together
 KEPT = 12 << 20  # elements whose directions are kept (48 MiB); those of what is beyond are computed twice
@@ -34,18 +35,46 @@ KEPT = 12 << 20  # elements whose directions are kept (48 MiB); those of what is
 # Adding in another order is allowed, so that the loops can use vectors; infinities and NaNs keep their meaning.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 _EXACT = {"contract"}
+_I32 = ir.IntType(32)
 
 
 @intrinsic
 def _bits(typing, x):  # type: ignore[no-untyped-def]
     """The bits of a float32 as an int32."""
-    return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
+    return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], _I32)
 
 
 @intrinsic
 def _from_bits(typing, x):  # type: ignore[no-untyped-def]
     """The float32 that has the bits of an int32."""
     return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _octave(typing, x, root_half_bits):  # type: ignore[no-untyped-def]
+    """The int32 e of a normal x > 0 = 2^e r with r in [2^-1/2, 2^1/2), given the bits of 2^-1/2.
+
+    Written in machine operations, as numba's sums of int32 are int64, of which half as many fit in a vector.
+    """
+    return types.int32(types.float32, types.int32), lambda context, builder, sig, args: builder.ashr(
+        builder.sub(builder.bitcast(args[0], _I32), args[1]), ir.Constant(_I32, 23)
+    )
+
+
+@intrinsic
+def _times_two_to(typing, x, n):  # type: ignore[no-untyped-def]
+    """`x 2^n` where it is normal; only the last 9 bits of n count."""
+    return types.float32(types.float32, types.int32), lambda context, builder, sig, args: builder.bitcast(
+        builder.add(builder.bitcast(args[0], _I32), builder.shl(args[1], ir.Constant(_I32, 23))), ir.FloatType()
+    )
+
+
+@intrinsic
+def _over_two_to(typing, x, n):  # type: ignore[no-untyped-def]
+    """`x 2^-n`, likewise."""
+    return types.float32(types.float32, types.int32), lambda context, builder, sig, args: builder.bitcast(
+        builder.sub(builder.bitcast(args[0], _I32), builder.shl(args[1], ir.Constant(_I32, 23))), ir.FloatType()
+    )
 
 
 @intrinsic
@@ -58,72 +87,101 @@ def _pointer(typing, address):  # type: ignore[no-untyped-def]
 
 
 _f32, _f64, _i32 = np.float32, np.float64, np.int32
-_ROOT = _f32(math.sqrt(2))
-# log2(x) = 2/ln 2 (s + s^3/3 + s^5/5 + ...), s = (x - 1)/(x + 1); the next term is below 5e-8 for x in [2^-1/2, 2^1/2].
-_L1, _L3, _L5, _L7 = (_f32(2 / math.log(2) / k) for k in (1, 3, 5, 7))
-# 2^f = sum (f ln 2)^k / k!; the next term is below 2e-7 for f in [-1/2, 1/2].
-_E0, _E1, _E2, _E3, _E4, _E5, _E6 = (_f32(math.log(2) ** k / math.factorial(k)) for k in range(7))
-_HALF, _BIAS, _LEAST = _f32(0.5), _f32(126.5), _f32(-126.0)
+_ROOT_HALF = _i32(np.float32(math.sqrt(0.5)).view(np.int32))
+_ROUND = _f32(1.5 * 2**23)  # t + _ROUND ends in the bits of the integer next to t
+_ONE, _LEAST, _MOST = _f32(1), _f32(-125), _f32(127)
+_BOUND = _f32(2.0**96)  # max ** 0.75 of the readable path: no inf meets a 0
 _TINY, _HUGE = 1e-28, 1e36  # sums of squares in float32 that have lost nothing lie between
-_MANTISSA, _ONE_BITS, _EXPONENT, _OFFSET = _i32(0x007FFFFF), _i32(0x3F800000), _i32(23), _i32(127)
+_INFINITY = _f32(np.inf)
+_DEGREE = 8
+
+
+def _polynomial(function, low, high, degree):  # type: ignore[no-untyped-def]
+    """Coefficients, lowest first, of the polynomial that equals a function at Chebyshev's points of [low, high]."""
+    points = (low + high) / 2 + (high - low) / 2 * np.cos((np.arange(degree + 1) + 0.5) * np.pi / (degree + 1))
+    return np.linalg.solve(np.vander(points, increasing=True), function(points))
+
+
+_E0, _E1, _E2, _E3, _E4, _E5 = (_f32(c) for c in _polynomial(np.exp2, -0.5, 0.5, 5))
+
+
+def holds_at(p: float, step_scale: str) -> bool:
+    """Whether :func:`_power` holds its accuracy at the exponent that it meets for a p."""
+    return -1 <= (2 * p if step_scale == "raw" else 1 - 2 * p) <= 5
+
+
+def _power_of(exponent: float) -> np.ndarray:
+    """What :func:`_power` needs: the polynomial of (1 + x)^exponent about 0, and the exponent in two parts."""
+    polynomial = _polynomial(lambda x: (1 + x) ** exponent, math.sqrt(0.5) - 1, math.sqrt(2) - 1, _DEGREE)
+    # 15 bits, whose products with an octave are exact.
+    coarse = (np.array([exponent], dtype=_f32).view(_i32) & _i32(-512)).view(_f32)[0]
+    return np.array([*polynomial, coarse, exponent - _f64(coarse)], dtype=_f32)
 
 
 @njit(fastmath=_EXACT, error_model="numpy", forceinline=True)
-def _power(x, exponent, most):  # type: ignore[no-untyped-def]
-    """`x ** exponent` for a normal x > 0, within [2^-126, 2^most]; a relative error of about 2e-6 at the most."""
-    bits = _bits(x)
-    mantissa = _from_bits((bits & _MANTISSA) | _ONE_BITS)
-    s = (mantissa - _ROOT) / (mantissa + _ROOT)
-    r = s * s
-    log2 = _f32(bits >> _EXPONENT) - _BIAS + s * (_L1 + r * (_L3 + r * (_L5 + r * _L7)))
-    z = min(max(log2 * exponent, _LEAST), most)
-    whole = np.floor(z + _HALF)
-    f = z - whole
-    part = _E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6)))))
-    return part * _from_bits((_i32(whole) + _OFFSET) << _EXPONENT)
+def _power(x, c):  # type: ignore[no-untyped-def]
+    """`x ** exponent` for a normal x > 0 and `c = _power_of(exponent)`; the relative error is below 6e-7.
+
+    x = 2^e r gives r^exponent, a polynomial of r - 1, times 2^(e exponent), that is 2^f 2^n with n an integer.
+    """
+    e = _octave(x, _ROOT_HALF)
+    r = _over_two_to(x, e) - _ONE
+    t = min(max(_f32(e) * c[9], _LEAST), _MOST)
+    n = t + _ROUND
+    f = (t - (n - _ROUND)) + _f32(e) * c[10]
+    power = c[0] + r * (c[1] + r * (c[2] + r * (c[3] + r * (c[4] + r * (c[5] + r * (c[6] + r * (c[7] + r * c[8])))))))
+    part = _E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * _E5))))
+    return power * _times_two_to(part, _bits(n))
 
 
-@njit(fastmath=_FAST, error_model="numpy", forceinline=True)
-def _direction(m, v, root_c2, eps, exponent, most):  # type: ignore[no-untyped-def]
-    """Adam's step a = m / d and u = a d^(1-2p), both without the correction of m; a is 0 where d is."""
-    d = np.sqrt(v) * root_c2 + eps
-    a = _f32(0) if d == _f32(0) else m / d
-    return a, a * _power(d, exponent, most)
+# Each loop below runs over a tile. Several short ones are faster than a long one: divisions and roots take as long as
+# all other operations of the first loop, and the power alone needs all registers. In between, a tile stays in cache.
 
 
 @njit(fastmath=_FAST, error_model="numpy")
-def _moments_and_direction(g, m, v, u, sign, b1c, b2, b2c, root_c2, eps, exponent, most):  # type: ignore[no-untyped-def]
-    """The first loop over one chunk; u is written where it has room. Returns the sums of squares of a and u."""
-    a_square = u_square = _f32(0)
-    if u.size == 0:
-        for i in range(g.size):
-            gradient = g[i] * sign
-            m[i] += (gradient - m[i]) * b1c
-            v[i] = v[i] * b2 + gradient * gradient * b2c
-            a, direction = _direction(m[i], v[i], root_c2, eps, exponent, most)
-            a_square += a * a
-            u_square += direction * direction
-    else:
-        for i in range(g.size):
-            gradient = g[i] * sign
-            m[i] += (gradient - m[i]) * b1c
-            v[i] = v[i] * b2 + gradient * gradient * b2c
-            a, direction = _direction(m[i], v[i], root_c2, eps, exponent, most)
-            a_square += a * a
-            u_square += direction * direction
-            u[i] = direction
-    return a_square, u_square
+def _moments_and_step(g, m, v, a, d, sign, b1c, b2, b2c, root_c2, eps):  # type: ignore[no-untyped-def]
+    """Update m and v; d = sqrt(v_hat) + eps and Adam's step a = m / d, without the correction of m; 0 where d is.
+
+    Returns the sum of squares of a.
+    """
+    square = _f32(0)
+    for i in range(g.size):
+        gradient = g[i] * sign
+        m[i] += (gradient - m[i]) * b1c
+        v[i] = v[i] * b2 + gradient * gradient * b2c
+        d[i] = np.sqrt(v[i]) * root_c2 + eps
+        a[i] = _f32(0) if d[i] == _f32(0) else m[i] / d[i]
+        square += a[i] * a[i]
+    return square
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _adam_step(m, v, a, d, root_c2, eps):  # type: ignore[no-untyped-def]
+    """The same d and a from moments that are updated already."""
+    for i in range(m.size):
+        d[i] = np.sqrt(v[i]) * root_c2 + eps
+        a[i] = _f32(0) if d[i] == _f32(0) else m[i] / d[i]
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _weigh(a, d, power):  # type: ignore[no-untyped-def]
+    """Make a the direction u = a d^(1-2p). Returns the sum of squares of u."""
+    square = _f32(0)
+    for i in range(a.size):
+        a[i] *= min(_power(d[i], power), _BOUND)
+        square += a[i] * a[i]
+    return square
 
 
 @njit(error_model="numpy")
-def _exact_squares(m, v, root_c2, eps, exponent, most):  # type: ignore[no-untyped-def]
-    """The sums of squares of a and u over one chunk in float64, where those of float32 overflow or underflow."""
-    a_square = u_square = 0.0
-    for i in range(m.size):
-        a, direction = _direction(m[i], v[i], root_c2, eps, exponent, most)
-        a_square += _f64(a) * _f64(a)
-        u_square += _f64(direction) * _f64(direction)
-    return a_square, u_square
+def _exact(x, square):  # type: ignore[no-untyped-def]
+    """The sum of squares of x: the float32 that is given, or one in float64 where that may have lost something."""
+    if _TINY < square < _HUGE:
+        return _f64(square)
+    exact = 0.0
+    for i in range(x.size):
+        exact += _f64(x[i]) * _f64(x[i])
+    return exact
 
 
 @njit(forceinline=True)
@@ -142,27 +200,36 @@ def _scaled(u, coarse, fine):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=_FAST, error_model="numpy")
-def _move(theta, m, v, u, kept, coarse, fine, root_c2, eps, exponent, most, zero):  # type: ignore[no-untyped-def]
-    """The second loop over one chunk: theta <- kept theta + coarse fine u."""
-    if u.size == 0:
-        for i in range(theta.size):
-            direction = _direction(m[i], v[i], root_c2, eps, exponent, most)[1]
-            theta[i] = _moved(theta[i], kept, _scaled(direction, coarse, fine), zero)
-    else:
-        for i in range(theta.size):
-            theta[i] = _moved(theta[i], kept, _scaled(u[i], coarse, fine), zero)
+def _move(theta, u, kept, coarse, fine, zero):  # type: ignore[no-untyped-def]
+    """Theta <- kept theta + coarse fine u."""
+    for i in range(theta.size):
+        theta[i] = _moved(theta[i], kept, _scaled(u[i], coarse, fine), zero)
 
 
 @njit(fastmath=_FAST, error_model="numpy")
-def _raw(g, m, v, theta, sign, b1c, b2, b2c, root_c2, eps, exponent, most, at_zero, kept, rate, zero):  # type: ignore[no-untyped-def]
-    """Both at once for step_scale="raw": theta <- kept theta + rate m / (v_hat^p + eps), exponent being 2p."""
+def _moments_and_root(g, m, v, d, sign, b1c, b2, b2c, root_c2):  # type: ignore[no-untyped-def]
+    """Update m and v; d = sqrt(v_hat), a normal number also where v is not."""
     for i in range(g.size):
         gradient = g[i] * sign
         m[i] += (gradient - m[i]) * b1c
         v[i] = v[i] * b2 + gradient * gradient * b2c
-        root = np.sqrt(v[i]) * root_c2  # its exponent is in range where that of v is not
-        power = at_zero if root == _f32(0) else _power(root, exponent, most)
-        theta[i] = _moved(theta[i], kept, rate * (m[i] / (power + eps)), zero)
+        d[i] = np.sqrt(v[i]) * root_c2
+
+
+@njit(fastmath=_EXACT, error_model="numpy")
+def _raw_weights(d, power, at_zero, at_infinity):  # type: ignore[no-untyped-def]
+    """Make d v_hat^p, power being that of 2p."""
+    for i in range(d.size):
+        weight = _power(d[i], power)  # before the tests, so that it uses vectors
+        weight = at_zero if d[i] == _f32(0) else weight
+        d[i] = at_infinity if d[i] == _INFINITY else weight
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _raw_move(theta, m, d, eps, kept, rate, zero):  # type: ignore[no-untyped-def]
+    """Theta <- kept theta + rate m / (v_hat^p + eps)."""
+    for i in range(theta.size):
+        theta[i] = _moved(theta[i], kept, rate * (m[i] / (d[i] + eps)), zero)
 
 
 @njit(forceinline=True)
@@ -173,40 +240,31 @@ def _part(address, low, high):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, cache=True, error_model="numpy")
 def _grafted_step(
-    batches,
-    addresses,
-    owner,
-    lows,
-    highs,
-    places,
-    u,
-    sums,
-    sign,
-    b1c,
-    b2,
-    b2c,
-    root_c2s,
-    eps,
-    exponent,
-    most,
-    kept,
-    rates,
-    zero,
+    batches, addresses, owner, lows, highs, places, u, sums, sign, b1c, b2, b2c, root_c2s, eps, power, kept, rates, zero
 ):  # type: ignore[no-untyped-def]
     """All tensors of a group for step_scale="adam". A batch is a range of chunks that share the scratch u."""
     for batch in range(batches.size - 1):
         first, last = batches[batch], batches[batch + 1]
         for c in prange(first, last):
-            k, low, high = owner[c], lows[c], highs[c]
-            place = places[c]
-            room = u[place : place + high - low] if place >= 0 else u[:0]
-            m, v = _part(addresses[2, k], low, high), _part(addresses[3, k], low, high)
-            squares = _moments_and_direction(
-                _part(addresses[1, k], low, high), m, v, room, sign, b1c, b2, b2c, root_c2s[k], eps, exponent, most
-            )
-            sums[c, 0], sums[c, 1] = squares
-            if squares[0] > 0 and not (squares[0] > _TINY and _TINY < squares[1] < _HUGE):
-                sums[c, 0], sums[c, 1] = _exact_squares(m, v, root_c2s[k], eps, exponent, most)
+            k, start, place = owner[c], lows[c], places[c]
+            room = np.empty((2, TILE), _f32)
+            a_square = u_square = 0.0
+            for low in range(start, highs[c], TILE):
+                high = min(low + TILE, highs[c])
+                d = room[0, : high - low]
+                a = u[place + low - start : place + high - start] if place >= 0 else room[1, : high - low]
+                g, m, v = (
+                    _part(addresses[1, k], low, high),
+                    _part(addresses[2, k], low, high),
+                    _part(addresses[3, k], low, high),
+                )
+                square = _moments_and_step(g, m, v, a, d, sign, b1c, b2, b2c, root_c2s[k], eps)
+                if square != 0:
+                    a_square += _exact(a, square)
+                square = _weigh(a, d, power)
+                if a_square != 0:
+                    u_square += _exact(a, square)
+            sums[c, 0], sums[c, 1] = a_square, u_square
         # The total of a tensor goes to its first chunk, from where all of its chunks take it.
         start = first
         for c in range(first + 1, last):
@@ -219,29 +277,44 @@ def _grafted_step(
             if owner[c] == owner[c - 1]:
                 sums[c, 0], sums[c, 1] = sums[c - 1, 0], sums[c - 1, 1]
         for c in prange(first, last):
-            k, low, high = owner[c], lows[c], highs[c]
-            place = places[c]
-            room = u[place : place + high - low] if place >= 0 else u[:0]
-            factor = rates[k] * (math.sqrt(sums[c, 0] / sums[c, 1]) if sums[c, 1] > 0 else 1.0)
-            power = min(max(math.frexp(factor)[1], -126), 127)
-            coarse, fine = _f32(math.ldexp(1.0, power)), _f32(math.ldexp(factor, -power))
-            theta = _part(addresses[0, k], low, high)
-            m, v = _part(addresses[2, k], low, high), _part(addresses[3, k], low, high)
-            _move(theta, m, v, room, kept, coarse, fine, root_c2s[k], eps, exponent, most, zero)
+            k, start, place = owner[c], lows[c], places[c]
+            ratio = 0.0 if sums[c, 0] == 0 else math.sqrt(sums[c, 0] / sums[c, 1]) if sums[c, 1] > 0 else 1.0
+            factor = rates[k] * ratio
+            exponent = min(max(math.frexp(factor)[1], -126), 127)
+            coarse, fine = _f32(math.ldexp(1.0, exponent)), _f32(math.ldexp(factor, -exponent))
+            if place >= 0:
+                theta = _part(addresses[0, k], start, highs[c])
+                _move(theta, u[place : place + highs[c] - start], kept, coarse, fine, zero)
+                continue
+            room = np.empty((2, TILE), _f32)
+            for low in range(start, highs[c], TILE):
+                high = min(low + TILE, highs[c])
+                d, a = room[0, : high - low], room[1, : high - low]
+                m, v = _part(addresses[2, k], low, high), _part(addresses[3, k], low, high)
+                _adam_step(m, v, a, d, root_c2s[k], eps)
+                _weigh(a, d, power)
+                _move(_part(addresses[0, k], low, high), a, kept, coarse, fine, zero)
 
 
 @njit(parallel=True, cache=True, error_model="numpy")
 def _raw_step(
-    addresses, owner, lows, highs, sign, b1c, b2, b2c, root_c2s, eps, exponent, most, at_zero, kept, rates, zero
+    addresses, owner, lows, highs, sign, b1c, b2, b2c, root_c2s, eps, power, at_zero, at_infinity, kept, rates, zero
 ):  # type: ignore[no-untyped-def]
     """All tensors of a group for step_scale="raw"."""
     for c in prange(owner.size):
-        k, low, high = owner[c], lows[c], highs[c]
-        _raw(
-            _part(addresses[1, k], low, high), _part(addresses[2, k], low, high), _part(addresses[3, k], low, high),
-            _part(addresses[0, k], low, high),
-            sign, b1c, b2, b2c, root_c2s[k], eps, exponent, most, at_zero, kept, rates[k], zero,
-        )  # fmt: skip
+        k = owner[c]
+        room = np.empty(TILE, _f32)
+        for low in range(lows[c], highs[c], TILE):
+            high = min(low + TILE, highs[c])
+            d = room[: high - low]
+            g, m, v = (
+                _part(addresses[1, k], low, high),
+                _part(addresses[2, k], low, high),
+                _part(addresses[3, k], low, high),
+            )
+            _moments_and_root(g, m, v, d, sign, b1c, b2, b2c, root_c2s[k])
+            _raw_weights(d, power, at_zero, at_infinity)
+            _raw_move(_part(addresses[0, k], low, high), m, d, eps, kept, rates[k], zero)
 
 
 class Plan:
@@ -318,24 +391,16 @@ class CompiledNSF:
         chunks = (plan.owner, plan.lows, plan.highs)
         with _threads():
             if group["step_scale"] == "raw":
-                at_zero = _f32(0 if p > 0 else 1 if p == 0 else np.inf)
+                at_zero, at_infinity = (_f32(x) for x in ((0, np.inf) if p > 0 else (1, 1) if p == 0 else (np.inf, 0)))
                 _raw_step(
-                    addresses,
-                    *chunks,
-                    *moments,
-                    _f32(2 * p),
-                    _f32(128),
-                    at_zero,
-                    kept,
-                    rates.astype(np.float32),
+                    addresses, *chunks, *moments, _power_of(2 * p), at_zero, at_infinity, kept, rates.astype(_f32),
                     _i32(0),
-                )
+                )  # fmt: skip
             else:
                 if self._u.size < plan.scratch:
-                    self._u = np.empty(plan.scratch, dtype=np.float32)
-                most = _f32(96)  # as max ** 0.75 in the readable path: bounded, that no inf meets a 0
+                    self._u = np.empty(plan.scratch, dtype=_f32)
                 _grafted_step(
-                    plan.batches, addresses, *chunks, plan.places, self._u, plan.sums, *moments, _f32(1 - 2 * p), most,
+                    plan.batches, addresses, *chunks, plan.places, self._u, plan.sums, *moments, _power_of(1 - 2 * p),
                     kept, rates, _i32(0),
                 )  # fmt: skip
 

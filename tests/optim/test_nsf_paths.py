@@ -131,6 +131,49 @@ def test_a_step_allocates_no_more_than_its_scratch(p, step_scale, monkeypatch):
 
 @needs_numba
 @pytest.mark.parametrize("step_scale", ["adam", "raw"])
+def test_fused_tiles_and_chunks_are_the_whole(step_scale, monkeypatch):
+    """Several chunks of several tiles, the last of them partial, and a tensor for whose directions there is no room."""
+    monkeypatch.undo()
+    loops = nsf.compiled_loops()
+    monkeypatch.setattr(loops, "KEPT", 3 * loops.CHUNK)
+    results, generator = [], torch.Generator().manual_seed(3)
+    start = [torch.randn(n, generator=generator) for n in (5 * loops.CHUNK + loops.TILE + 1, loops.CHUNK - 1, 7)]
+    for chosen in (PATHS["fused"], READABLE):
+        params = [nn.Parameter(x.clone()) for x in start]
+        drive(NSF(params, lr=1e-3, p=0.1, step_scale=step_scale, **chosen), params, steps=10)
+        results.append(params)
+    assert relative_error(*results) <= 1e-6
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    ("step_scale", "p"), [("adam", 2.5), ("adam", -1.9), ("adam", -3.0), ("raw", -1.0), ("raw", 2.4)]
+)
+def test_fused_at_unusual_exponents(step_scale, p):
+    """Inside the range where the loops hold and outside of it, where the blocked path steps in."""
+    loops, results = nsf.compiled_loops(), []
+    assert loops.holds_at(p, step_scale) == (p in (-1.9, 2.4))
+    for chosen in (PATHS["fused"], READABLE):
+        params = parameters(torch.float32)
+        drive(NSF(params, lr=1e-3, p=p, step_scale=step_scale, **chosen), params, steps=20)
+        results.append(params)
+    assert relative_error(*results) <= 1e-6
+
+
+@needs_numba
+def test_the_power_is_as_exact_as_it_says():
+    loops = nsf.compiled_loops()
+    x = torch.logspace(-25, 25, 100_001, dtype=torch.float32).numpy()
+    for exponent in (-1.0, -0.5, 0.1, 0.8, 1.5, 3.0, 5.0):
+        wanted = x.astype("float64") ** exponent
+        inside = (wanted > 1e-36) & (wanted < 1e36)
+        power = loops._power_of(exponent)
+        found = [loops._power(value, power) for value in x[inside]]
+        assert (abs(found / wanted[inside] - 1) < 6e-7).all()
+
+
+@needs_numba
+@pytest.mark.parametrize("step_scale", ["adam", "raw"])
 def test_fused_steps_have_the_same_bits_with_any_number_of_threads(step_scale):
     results, threads = [], torch.get_num_threads()
     for count in (1, 2):
@@ -246,8 +289,8 @@ def test_a_group_added_later_counts(monkeypatch):
     monkeypatch.setattr(nsf, "COMPILED_FROM", 10)
     monkeypatch.setattr(nsf, "compiled_loops", lambda: None)
     optimizer = NSF([nn.Parameter(torch.ones(4))], p=0.1)
-    optimizer._compiles(optimizer.param_groups[0])
+    optimizer._compiles(optimizer.param_groups[0], 0.1)
     assert optimizer._elements == 4
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(7))]})
-    optimizer._compiles(optimizer.param_groups[0])
+    optimizer._compiles(optimizer.param_groups[0], 0.1)
     assert optimizer._elements == 11
