@@ -2,9 +2,11 @@
 """Time the step of NSF and LCAM beside torch's own optimizers, in one run on the machine at hand.
 
     python examples/benchmark.py --output_dir out
-    python examples/benchmark.py --output_dir out --shapes minilm small --repeats 50
-    python examples/benchmark.py --output_dir out --scaling
+    python examples/benchmark.py --output_dir out --parts steps --shapes minilm vit wrn small matrix llama --repeats 50
+    python examples/benchmark.py --output_dir out --parts scaling
 
+The parts are `steps` (the table of times), `compile` (seconds, and recompilations while p cycles), `collectives` (of a
+step on two processes), `training` (samples a second in a stock Trainer) and `scaling` (cost of a parameter over sizes).
 Candidates alternate, so that a change in the machine's load meets all of them; medians and quartiles are of the
 repetitions after the warm-up. `floor` is the time in which the bytes that a method must move take at the speed of a
 large copy measured in the same run (a method that reads its tensors from cache can be below it). On CUDA every time
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchmark_runs
 import matplotlib
 import torch
 from torch import nn
@@ -34,6 +37,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
 
 Shapes = list[tuple[int, ...]]
+PARTS = ["steps", "compile", "collectives", "training", "scaling"]
 
 
 def minilm() -> Shapes:
@@ -268,6 +272,15 @@ def scaling(device: str, repeats: int, most: int, speed: float) -> dict[str, lis
     return found
 
 
+def flatness(rows: list[dict[str, Any]], beyond: int = 0) -> dict[str, float]:
+    """Largest over smallest cost of a parameter for each candidate, where x is at least `beyond`."""
+    found = {}
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        costs = [row["ns_per_parameter"] for row in rows if row["candidate"] == name and row["x"] >= beyond]
+        found[name] = max(costs) / min(costs)
+    return found
+
+
 def draw(path: Path, results: dict[str, list[dict[str, Any]]], scaled: bool) -> None:
     """Save the picture of the results."""
     figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 6), layout="constrained", squeeze=False)
@@ -312,31 +325,59 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--candidates", nargs="+", choices=candidates(), help="Default: all.")
     parser.add_argument("--repeats", type=int, default=20, help="Timed steps of each candidate, at least 2.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scaling", action="store_true", help="Cost per parameter over sizes and numbers of tensors.")
-    parser.add_argument("--most_parameters", type=int, default=10**8, help="Bound of --scaling.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="What to measure.")
+    parser.add_argument("--most_parameters", type=int, default=5 * 10**8, help="Bound of the part `scaling`.")
+    parser.add_argument("--rounds", type=int, default=4, help="Trainings of each optimizer in the part `training`.")
     parser.add_argument("--quick", action="store_true", help="Tiny shapes and few steps: does it run at all?")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.shapes, options.repeats, options.most_parameters = ["tiny"], 2, 10**6
+        options.shapes, options.repeats, options.most_parameters, options.rounds = ["tiny"], 2, 10**6, 1
     if options.repeats < 2:
         parser.error(f"--repeats {options.repeats}: at least 2 are needed for quartiles.")
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1 is needed.")
     torch.manual_seed(0)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     speed = copy_speed(options.device, 10**6 if options.quick else 5 * 10**7)
     facts = {**machine(options.device), "copy_gb_per_s": speed / 1e9, "repeats": options.repeats}
     print(", ".join(f"{key}: {value}" for key, value in facts.items()))
-    if options.scaling:
-        results = scaling(options.device, options.repeats, options.most_parameters, speed)
-    else:
-        results = {}
+    found: dict[str, Any] = {"machine": facts}
+    if "steps" in options.parts:
+        found["results"] = {}
         for name in options.shapes:
             shapes = SHAPES[name]()
             title = f"{name}: {sum(map(math.prod, shapes)) / 1e6:.1f}M parameters in {len(shapes)} tensors"
             chosen = options.candidates or list(candidates())
-            results[title] = measure(shapes, chosen, options.device, options.repeats, speed)
-            print(table(title, results[title]))
-    (options.output_dir / "benchmark.json").write_text(json.dumps({"machine": facts, "results": results}, indent=1))
-    draw(options.output_dir / "benchmark.png", results, options.scaling)
+            found["results"][title] = measure(shapes, chosen, options.device, options.repeats, speed)
+            print(table(title, found["results"][title]))
+        draw(options.output_dir / "benchmark.png", found["results"], scaled=False)
+    if "compile" in options.parts:
+        found["compile_s"] = benchmark_runs.compile_seconds()
+        found["recompilations"] = benchmark_runs.recompilations()
+        shown = ", ".join(f"{key}: {'-' if x is None else f'{x:.1f}'}" for key, x in found["compile_s"].items())
+        print(f"NSF's loops, seconds to make them: {shown}; recompilations while p cycles: {found['recompilations']}")
+    if "collectives" in options.parts:
+        found["collectives"] = benchmark_runs.collectives()
+        for row in found["collectives"]:
+            print(f"collectives of a step, {row['tensors']:8}{row['candidate']:18}{row['collectives']:3}")
+    if "training" in options.parts:
+        sizes = {"model_size": (64, 1), "batch": 4, "length": 16} if options.quick else {}
+        found["training"] = benchmark_runs.training(options.rounds, 5 if options.quick else 6, options.device, **sizes)
+        for row in found["training"]:
+            low, high = row["quartiles"]
+            print(
+                f"whole training, {row['optim']:18}{row['samples_per_s']:9.2f} samples/s ({low:.2f}-{high:.2f}, "
+                f"{row['updates']} updates), {row['ratio']:.3f} of adamw_torch_fused"
+            )
+    if "scaling" in options.parts:
+        found["scaling"] = scaling(options.device, options.repeats, options.most_parameters, speed)
+        out_of_cache = 0 if options.quick else 10**7
+        found["flatness"] = {"parameters": flatness(found["scaling"]["parameters"], out_of_cache)}
+        found["flatness"]["tensors"] = flatness(found["scaling"]["tensors"])
+        for kind, some in found["flatness"].items():
+            print(f"largest / smallest over {kind}: " + ", ".join(f"{name} {x:.2f}" for name, x in some.items()))
+        draw(options.output_dir / "scaling.png", found["scaling"], scaled=True)
+    (options.output_dir / "benchmark.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from .shards import grad_shard, is_sharded, sum_over_shards, to_local
 from .validation import check_at_least_zero, check_choice, check_decay, check_finite
 
 STEP_SCALES = ("adam", "raw")
-COMPILED_FROM = 1 << 20  # elements; smaller optimizers are stepped before a compiler has started
+COMPILED_FROM = 10**6  # elements; smaller optimizers are stepped before a compiler has started
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _KNOBS_ADDED_LATER = {
     "maximize": False,
