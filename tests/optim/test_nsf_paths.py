@@ -4,6 +4,7 @@
 import copy
 import importlib.util
 import itertools
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 import hf_nsf.optim.nsf as nsf
 import hf_nsf.optim.nsf_blocked as blocked
 from hf_nsf import NSF
+from hf_nsf.optim import torch_threads
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="the fused path needs numba")
 PATHS = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
@@ -137,7 +139,9 @@ def test_fused_tiles_and_chunks_are_the_whole(step_scale, monkeypatch):
     loops = nsf.compiled_loops()
     monkeypatch.setattr(loops, "KEPT", 3 * loops.CHUNK)
     results, generator = [], torch.Generator().manual_seed(3)
-    start = [torch.randn(n, generator=generator) for n in (5 * loops.CHUNK + loops.TILE + 1, loops.CHUNK - 1, 7)]
+    start = [
+        torch.randn(n, generator=generator) for n in (5 * loops.CHUNK + loops.kernels.TILE + 1, loops.CHUNK - 1, 7)
+    ]
     for chosen in (PATHS["fused"], READABLE):
         params = [nn.Parameter(x.clone()) for x in start]
         drive(NSF(params, lr=1e-3, p=0.1, step_scale=step_scale, **chosen), params, steps=10)
@@ -162,13 +166,13 @@ def test_fused_at_unusual_exponents(step_scale, p):
 
 @needs_numba
 def test_the_power_is_as_exact_as_it_says():
-    loops = nsf.compiled_loops()
+    kernels = nsf.compiled_loops().kernels
     x = torch.logspace(-25, 25, 100_001, dtype=torch.float32).numpy()
     for exponent in (-1.0, -0.5, 0.1, 0.8, 1.5, 3.0, 5.0):
         wanted = x.astype("float64") ** exponent
         inside = (wanted > 1e-36) & (wanted < 1e36)
-        power = loops._power_of(exponent)
-        found = [loops._power(value, power) for value in x[inside]]
+        power = kernels.power_of(exponent)
+        found = [kernels._power(value, power) for value in x[inside]]
         assert (abs(found / wanted[inside] - 1) < 6e-7).all()
 
 
@@ -188,19 +192,26 @@ def test_fused_steps_have_the_same_bits_with_any_number_of_threads(step_scale):
 @needs_numba
 @pytest.mark.parametrize("step_scale", ["adam", "raw"])
 def test_nothing_is_compiled_again_while_p_cycles(step_scale):
-    loops = nsf.compiled_loops()
-    assert loops.is_ready(step_scale)
-    kernels = [loops._grafted_step, loops._raw_step]
-    before = [len(kernel.signatures) for kernel in kernels]
-    assert sum(before) > 0
-    for kind, lr in ((float, 1e-3), (torch.tensor, torch.tensor(1e-3))):
-        params = parameters(torch.float32)
-        optimizer = NSF([{"params": params[:3], "weight_decay": 0.0}, {"params": params[3:]}], lr=lr, fused=True)
-        for index, p in enumerate(P * 2):
-            for group in optimizer.param_groups:
-                group.update(p=kind(p), step_scale=step_scale)
-            drive(optimizer, params, steps=index + 1, skip=index)
-    assert [len(kernel.signatures) for kernel in kernels] == before
+    from numba.core import event
+
+    assert nsf.compiled_loops().is_ready(step_scale)
+    with event.install_recorder("numba:compile") as recorder:
+        for kind, lr in ((float, 1e-3), (torch.tensor, torch.tensor(1e-3))):
+            params = parameters(torch.float32)
+            optimizer = NSF([{"params": params[:3], "weight_decay": 0.0}, {"params": params[3:]}], lr=lr, fused=True)
+            for index, p in enumerate(P * 2):
+                for group in optimizer.param_groups:
+                    group.update(p=kind(p), step_scale=step_scale)
+                drive(optimizer, params, steps=index + 1, skip=index)
+        assert recorder.buffer == []
+        compile_something()
+        assert recorder.buffer  # it would have seen one
+
+
+def compile_something():
+    import numba
+
+    return numba.njit(lambda x: x + 1)(1)
 
 
 @needs_numba
@@ -278,7 +289,7 @@ def test_loops_that_do_not_compile_are_not_used(monkeypatch):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(loops, "is_ready", loops.is_ready.__wrapped__)
-    monkeypatch.setattr(loops, "_grafted_step", fails)
+    monkeypatch.setattr(loops.kernels, "kernel", fails)
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
     for params, chosen in ((ours, {"fused": True}), (theirs, READABLE)):
         drive(NSF(params, p=0.1, **chosen), params, steps=5)
@@ -294,3 +305,25 @@ def test_a_group_added_later_counts(monkeypatch):
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(7))]})
     optimizer._compiles(optimizer.param_groups[0], 0.1)
     assert optimizer._elements == 11
+
+
+@needs_numba
+@pytest.mark.parametrize("step_scale", ["adam", "raw"])
+def test_without_an_openmp_library_python_threads_serve(step_scale, monkeypatch):
+    results, used = [], []
+    pool = torch_threads._pool
+    for found in (torch_threads.gomp_parallel(), None):
+        monkeypatch.setattr(torch_threads, "gomp_parallel", lambda found=found: found)
+        monkeypatch.setattr(torch_threads, "_pool", lambda threads: used.append(threads) or pool(threads))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        params = parameters(torch.float32)
+        drive(NSF(params, lr=1e-3, p=0.1, step_scale=step_scale, fused=True), params, steps=20)
+        results.append(params)
+    assert identical(*results) and set(used) == {2}
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not torch.backends.openmp.is_available(), reason="torch on Linux, with OpenMP"
+)
+def test_torchs_own_threads_are_found():
+    assert torch_threads.gomp_parallel() is not None
