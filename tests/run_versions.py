@@ -31,7 +31,7 @@ COMBINATIONS = [
     ("3.12", None),
     ("3.13", None),
 ]
-PACKAGES = ["accelerate", "pytest", "pytest-timeout", "datasets", "optuna", "tensorboard", "pyyaml"]
+PACKAGES = ["accelerate", "pytest", "pytest-timeout", "datasets", "optuna", "tensorboard", "pyyaml", "numba"]
 
 
 def interpreter(version: str) -> str | None:

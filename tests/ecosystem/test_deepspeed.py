@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock Trainer under DeepSpeed's CPU accelerator, ZeRO 1, 2 and 3, two processes.
+"""Stock Trainer under DeepSpeed's CPU accelerator, ZeRO 1, 2 and 3, with checkpoints and offload, two processes.
 
 accelerate takes these processes for single ones and gives both the same batches, so this shows that DeepSpeed's engine
 and its partitioned optimizers drive ours rightly, not that data are shared out.
@@ -18,6 +18,7 @@ from hf_nsf import p_schedule
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.ecosystem
 HERE = Path(__file__).parent
+LOGGED = ("loss", "step", "nsf_p", "lcam_momentum", "lcam_loss_phase", "lcam_loss_mean")
 
 
 def momenta(logs, updates_per_epoch, low=0.8, high=0.9):
@@ -32,23 +33,31 @@ def momenta(logs, updates_per_epoch, low=0.8, high=0.9):
     return used
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("stage", "offload"), [(1, ""), (2, ""), (3, ""), (2, "offload"), (3, "offload")])
 @pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
-def test_zero(optimizer, stage, tmp_path):
+def test_zero(optimizer, stage, offload, tmp_path):
     paths = [str(HERE.parent / "distributed"), str(HERE.parents[1])]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "OMP_NUM_THREADS": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(HERE / "deepspeed_worker.py"), optimizer, str(stage), str(tmp_path)],
-        env={**environment, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=200,
+        [*command, str(HERE / "deepspeed_worker.py"), optimizer, str(stage), str(tmp_path), offload],
+        env={**environment, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-6000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second
-    assert first["engine"] == "DeepSpeedEngine" and "ZeroOptimizer" in first["inner"]
-    assert first["zero3"] == (stage == 3)
-    logs = first["logs"]
+    for key in ("whole", "resumed"):
+        one, other = first[key], second[key]
+        assert one["logs"] == other["logs"] and one["norms"] == other["norms"]
+    whole = first["whole"]
+    assert whole["engine"] == "DeepSpeedEngine" and "ZeroOptimizer" in whole["inner"]
+    assert whole["ours"] == optimizer.upper() and whole["zero3"] == (stage == 3)
+    for report in (first, second):  # bit for bit, through a JSON file's repr of floats
+        assert report["resumed"]["norms"] == report["whole"]["norms"]
+        assert report["resumed"]["partitions"] == report["whole"]["partitions"]
+        used = [[{k: v for k, v in e.items() if k in LOGGED} for e in report[k]["logs"]] for k in ("whole", "resumed")]
+        assert used[0] == used[1]
+    logs = whole["logs"]
     assert len(logs) == 36 and logs[-1]["loss"] < logs[0]["loss"]
     if optimizer == "lcam":
         used = [entry["lcam_momentum"] for entry in logs]
