@@ -257,7 +257,7 @@ def test_asking_moves_neither_random_numbers_nor_statistics_nor_modes(tmp_path, 
     first = trained(tmp_path)
     assert asked(first) == 1 and calls.count(False) == 2 and calls.count(True) == 33
     assert first.modes == {(True, True, True, True, False, True)}
-    monkeypatch.setattr("hf_nsf.trainer.registry._Listener.windows_average", lambda self: True)
+    monkeypatch.setattr("hf_nsf.trainer.loss_listener.LossListener.windows_average", lambda self: True)
     second = trained(tmp_path)
     assert calls.count(False) == 2 and asked(second) == 1
     assert all(map(torch.equal, first.states, second.states)) and len(first.states) == 33
@@ -292,7 +292,7 @@ def test_a_question_that_fails_ends_no_training(tmp_path, monkeypatch):
             return super().forward(*args, **kwargs)
 
     said = []
-    monkeypatch.setattr("hf_nsf.trainer.registry.logger.warning", said.append)
+    monkeypatch.setattr("hf_nsf.trainer.loss_listener.logger.warning", said.append)
     trainer = run(tmp_path, OnlyInTraining(), data=Rows(classes=True))
     losses = [entry["loss"] for entry in logs_of(trainer)]
     assert asked(trainer) == -1 and used(trainer) == decided(losses, left_out=(2,))
