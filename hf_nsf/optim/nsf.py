@@ -65,7 +65,7 @@ class NSF(Optimizer):
             lengths are those of the whole tensors, all of them summed over the processes in one collective a step (and
             mesh dimension).
         fused: True for loops over float32 parameters on the CPU that numba compiles at the first step (the extra
-            `fused`; some ten seconds, after which they are cached); None for these where numba is installed and the
+            `fused`; some seconds, after which they are cached); None for these where numba is installed and the
             parameters have a million elements or more; False leaves out these and the blocked path. At p = 1/2 both
             are torch's fused AdamW; where p is far from the usual (above 1, or below -1/2 for "raw" and -2 for "adam")
             the blocked path steps in.

@@ -253,14 +253,22 @@ JOB = np.dtype(
 )
 
 
+@njit
+def _chunks(next_at, run, last):  # type: ignore[no-untyped-def]
+    """This thread's part of the chunks: it takes the next `run` of them, until they are up."""
+    first = _fetch_and_add(next_at, run)
+    while first < last:
+        for c in range(first, min(first + run, last)):  # noqa: UP028 (numba has no `yield from`)
+            yield c
+        first = _fetch_and_add(next_at, run)
+
+
 def grafted_first(pointer):  # type: ignore[no-untyped-def]
     """step_scale="adam": moments, directions, which stay where there is room, and the chunks' sums of squares."""
     job = numba.carray(pointer, 1)[0]
     power = numba.carray(_float32s(job.power), _COEFFICIENTS)
     room = np.empty((2, TILE), _f32)
-    c = _fetch_and_add(job.next_at, job.run)
-    stop = c + job.run
-    while c < job.last:
+    for c in _chunks(job.next_at, job.run, job.last):
         k, start, end = _at(_int64s(job.owner), c), _at(_int64s(job.lows), c), _at(_int64s(job.highs), c)
         place, root_c2 = _at(_int64s(job.places), c), _at(_float32s(job.root_c2s), k)
         a_square = u_square = 0.0
@@ -278,10 +286,6 @@ def grafted_first(pointer):  # type: ignore[no-untyped-def]
                 u_square += _exact(a, square)
         sums = numba.carray(_float64s(job.sums), (c + 1, 2))
         sums[c, 0], sums[c, 1] = a_square, u_square
-        c += 1
-        if c == stop:
-            c = _fetch_and_add(job.next_at, job.run)
-            stop = c + job.run
 
 
 def grafted_totals(pointer):  # type: ignore[no-untyped-def]
@@ -305,9 +309,7 @@ def grafted_second(pointer):  # type: ignore[no-untyped-def]
     job = numba.carray(pointer, 1)[0]
     power = numba.carray(_float32s(job.power), _COEFFICIENTS)
     room = np.empty((2, TILE), _f32)
-    c = _fetch_and_add(job.next_at, job.run)
-    stop = c + job.run
-    while c < job.last:
+    for c in _chunks(job.next_at, job.run, job.last):
         k, start, end = _at(_int64s(job.owner), c), _at(_int64s(job.lows), c), _at(_int64s(job.highs), c)
         place, root_c2 = _at(_int64s(job.places), c), _at(_float32s(job.root_c2s), k)
         sums = numba.carray(_float64s(job.sums), (c + 1, 2))
@@ -325,10 +327,6 @@ def grafted_second(pointer):  # type: ignore[no-untyped-def]
                 _adam_step(_part(job.m, k, low, high), _part(job.v, k, low, high), a, d, root_c2, job.eps)
                 _weigh(a, d, power)
                 _move(_part(job.theta, k, low, high), a, job.kept, coarse, fine, job.zero)
-        c += 1
-        if c == stop:
-            c = _fetch_and_add(job.next_at, job.run)
-            stop = c + job.run
 
 
 def raw(pointer):  # type: ignore[no-untyped-def]
@@ -336,9 +334,7 @@ def raw(pointer):  # type: ignore[no-untyped-def]
     job = numba.carray(pointer, 1)[0]
     power = numba.carray(_float32s(job.power), _COEFFICIENTS)
     room = np.empty(TILE, _f32)
-    c = _fetch_and_add(job.next_at, job.run)
-    stop = c + job.run
-    while c < job.last:
+    for c in _chunks(job.next_at, job.run, job.last):
         k, start, end = _at(_int64s(job.owner), c), _at(_int64s(job.lows), c), _at(_int64s(job.highs), c)
         root_c2, rate = _at(_float32s(job.root_c2s), k), _f32(_at(_float64s(job.rates), k))
         for low in range(start, end, TILE):
@@ -348,10 +344,6 @@ def raw(pointer):  # type: ignore[no-untyped-def]
             _moments_and_root(g, m, v, d, job.sign, job.b1c, job.b2, job.b2c, root_c2)
             _raw_weights(d, power, job.at_zero, job.at_infinity)
             _raw_move(_part(job.theta, k, low, high), m, d, job.eps, job.kept, rate, job.zero)
-        c += 1
-        if c == stop:
-            c = _fetch_and_add(job.next_at, job.run)
-            stop = c + job.run
 
 
 @functools.cache
