@@ -350,4 +350,7 @@ def raw(pointer):  # type: ignore[no-untyped-def]
 def kernel(function: Any) -> Any:
     """Compile one of the above to a C function of the address of a job, once; its machine code is cached on disk."""
     signature = types.void(types.CPointer(numba.from_dtype(JOB)))
-    return numba.cfunc(signature, cache=True, error_model="numpy")(function)
+    try:
+        return numba.cfunc(signature, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # no folder that the cache can be written to
+        return numba.cfunc(signature, error_model="numpy")(function)

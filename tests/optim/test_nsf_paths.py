@@ -296,6 +296,20 @@ def test_loops_that_do_not_compile_are_not_used(monkeypatch):
     assert relative_error(ours, theirs) <= 1e-6
 
 
+@needs_numba
+def test_where_nothing_can_be_cached_the_loops_are_compiled_all_the_same(monkeypatch):
+    kernels = nsf.compiled_loops().kernels
+    cfunc = kernels.numba.cfunc
+
+    def uncached(*args, cache=False, **kwargs):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return cfunc(*args, **kwargs)
+
+    monkeypatch.setattr(kernels.numba, "cfunc", uncached)
+    assert kernels.kernel.__wrapped__(kernels.grafted_totals).address != 0
+
+
 def test_a_group_added_later_counts(monkeypatch):
     monkeypatch.setattr(nsf, "COMPILED_FROM", 10)
     monkeypatch.setattr(nsf, "compiled_loops", lambda: None)
