@@ -115,11 +115,13 @@ def fsdp2(mesh, make) -> None:
     other = build_model()
     with torch.no_grad():
         for param in other.parameters():
-            param.zero_()
+            param.fill_(0.5)
     for layer in (other[0], other[2], other):
         fully_shard(layer, mesh=mesh)
     resumed = make(other.parameters())
     target = {"model": other.state_dict(), "optimizer": get_optimizer_state_dict(other, resumed)}
+    # That steps once with gradients of zero and lr = 0, to make the states that it will fill.
+    assert all(torch.equal(whole(q), torch.full_like(whole(q), 0.5)) for q in other.parameters()), "loading moves"
     load(target, checkpoint_id=folder[0])
     other.load_state_dict(target["model"])
     set_optimizer_state_dict(other, resumed, target["optimizer"])
