@@ -4,6 +4,7 @@
     pip install -c tests/constraints.txt -e ".[ecosystem]"
     python tests/run_support.py            # the slow tests and those of the ecosystem too
     python tests/run_support.py --show     # the table, with the results that the README holds
+    python tests/run_support.py --junit A.xml B.xml   # the table from what `pytest --junitxml` wrote; later files win
 
 Ends with 1, and leaves the README alone, if a test failed or a claim has no test that ran.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import re
 import subprocess
 import sys
 import tempfile
@@ -93,18 +93,18 @@ def run(junit: Path) -> None:
     subprocess.run([*command, "--timeout=1800", *files], cwd=ROOT, check=False)
 
 
-def read(junit: Path) -> dict[str, list[str]]:
-    """Results by claimed name from pytest's file."""
+def read(*junits: Path) -> dict[str, list[str]]:
+    """Results by claimed name from pytest's files; where a test stands in several, the last one counts."""
+    last: dict[tuple[str, str], str] = {}
+    for junit in junits:
+        for case in ElementTree.parse(junit).iter("testcase"):
+            kinds = {child.tag for child in case}
+            result = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+            last[case.get("classname", "").replace(".", "/") + ".py", case.get("name", "")] = result
     found: dict[str, list[str]] = collections.defaultdict(list)
-    for case in ElementTree.parse(junit).iter("testcase"):
-        kinds = {child.tag for child in case}
-        result = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        file = case.get("classname", "").replace(".", "/") + ".py"
-        if not case.get("name"):
-            continue
-        name = re.sub(r"\[.*", "", case.get("name", ""))
+    for (file, name), result in last.items():
         found[file].append(result)
-        found[f"{file}::{name}"].append(result)
+        found[f"{file}::{name.partition('[')[0]}"].append(result)
     return found
 
 
@@ -112,13 +112,16 @@ def main() -> int:
     """Parse the arguments, run, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="Only show the README's table.")
+    parser.add_argument("--junit", nargs="+", type=Path, help="Run nothing; read these.")
+    options = parser.parse_args()
     before, inside, after = parts(README.read_text(encoding="utf-8"))
-    if parser.parse_args().show:
+    if options.show:
         print(inside, end="")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder, "junit.xml"))
-        results = read(Path(folder, "junit.xml"))
+        if options.junit is None:
+            run(Path(folder, "junit.xml"))
+        results = read(*(options.junit or [Path(folder, "junit.xml")]))
     made = table(results)
     print(made)
     failed = any("failed" in some for some in results.values())

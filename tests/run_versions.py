@@ -71,7 +71,8 @@ def run_one(version: str, transformers: str | None) -> tuple[str, str, str]:
         environment.pop("PYTHONPATH", None)
         command = [own, "-m", "pytest", "-q", *TESTS]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        result = re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1].strip("= ")) if done.stdout else "no output"
+        last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+        result = ", ".join(re.findall(r"\d+ (?:passed|skipped|failed|errors?)", last)) or "no result"
         if done.returncode:
             print(done.stdout[-3000:], file=sys.stderr)
         return versions[0].split("+")[0], versions[1], result

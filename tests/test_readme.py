@@ -75,3 +75,6 @@ def test_results_are_read_from_pytests_file(tmp_path):
     assert results["tests/a/test_b.py::test_c"] == ["passed", "skipped"]
     assert results["tests/a/test_b.py"] == ["passed", "skipped", "failed"]
     assert run_support.counts(results["tests/a/test_b.py"]) == "1 passed, 1 skipped, 1 failed"
+    again = tmp_path / "again.xml"
+    again.write_text('<testsuite><testcase classname="tests.a.test_b" name="test_d"/></testsuite>')
+    assert run_support.read(file, again)["tests/a/test_b.py::test_d"] == ["passed"]
