@@ -46,6 +46,8 @@ CLAIMS = [
      [FSDP]),
     ("bf16 autocast; bfloat16 parameters", ["tests/precision/test_bf16.py"]),
     ("fp16 steps skipped by a GradScaler (the CPU's)", ["tests/precision/test_fp16.py"]),
+    ("a GPU: agreement with float64, no waits of the host, skipped fp16 steps, the Trainer in fp16 and bf16 (skipped "
+     "where there is none)", ["tests/precision/test_devices.py"]),
     ("SIGKILL and resume, bit for bit, one and two processes, DDP and FSDP2", ["tests/resume/test_kill.py"]),
     ("unfinished saves, other optimizers' checkpoints, more epochs, `save_only_model`",
      ["tests/resume/test_checkpoints.py"]),
