@@ -67,8 +67,7 @@ class NSF(Optimizer):
         fused: True for loops over float32 parameters on the CPU that numba compiles at the first step (the extra
             `fused`; some seconds, after which they are cached); None for these where numba is installed and the
             parameters have a million elements or more; False leaves out these and the blocked path. At p = 1/2 both
-            are torch's fused AdamW; where p is far from the usual (above 1, or below -1/2 for "raw" and -2 for "adam")
-            the blocked path steps in.
+            are torch's fused AdamW; for p outside [-2, 1] ("adam") or [-1/2, 5/2] ("raw") the blocked path steps in.
         kahan: keep what rounding drops from bfloat16 and float16 parameters, in a state of their dtype, and add it
             again at the next step. None means True; float32 and float64 parameters need none and get none.
 
@@ -263,7 +262,7 @@ def compiled_loops() -> Any:
     """The module of the compiled loops, or None without numba."""
     try:
         from . import nsf_compiled
-    except Exception:  # none installed, one that does not fit numpy, or no folder that its cache can be written to
+    except Exception:  # none installed, or one that does not fit numpy
         return None
     return nsf_compiled
 

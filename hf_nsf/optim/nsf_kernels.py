@@ -249,7 +249,7 @@ JOB = np.dtype(
     [(name, np.int64) for name in ("next", "last", "run", "next_at", "owner", "lows", "highs", "places")]
     + [(name, np.int64) for name in ("theta", "g", "m", "v", "root_c2s", "rates", "u", "sums", "power")]
     + [(name, np.float32) for name in ("sign", "b1c", "b2", "b2c", "eps", "kept", "at_zero", "at_infinity")]
-    + [("zero", np.int32), ("unused", np.int32)]
+    + [("zero", np.int32)]
 )
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hear the loss of each update from a Trainer's public methods, and find out whether short windows can be compared."""
+"""Hear the loss of each update from a Trainer's public methods, and find out whether short windows can be compared.
+
+It uses no private name of transformers and stands before the methods of one trainer only while that trains.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that reaches into transformers stands here, and :func:`unregister` takes it back.
+"""All that changes transformers, or reaches into what is private there, stands here; :func:`unregister` undoes it.
 
 transformers has no public hook for an optimizer's name or for the loss of an update, so we add two members to its enum
 `OptimizerNames`, two entries to its table of handlers, one default callback, and a wrapper of the public
