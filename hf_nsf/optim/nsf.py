@@ -209,6 +209,7 @@ class NSF(Optimizer):
         single: list[Tensor] = []
         blocked: dict[torch.dtype, list[Tensor]] = {}
         multi: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
+        may_block = group["foreach"] is None and group["fused"] is not False
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -224,12 +225,13 @@ class NSF(Optimizer):
             low_precision = param.dtype in _LOW_PRECISION
             if low_precision and group["kahan"] is not False and "compensation" not in state:
                 state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            foreach = param.device.type != "cpu" if group["foreach"] is None else group["foreach"]
+            if may_block and takes(param, state):
+                blocked.setdefault(param.dtype, []).append(param)
+                continue
             if is_sharded(param):
                 continue
-            if group["foreach"] is None and group["fused"] is not False and takes(param, state):
-                blocked.setdefault(param.dtype, []).append(param)
-            elif foreach and not low_precision and type(param) in (Tensor, torch.nn.Parameter):
+            foreach = param.device.type != "cpu" if group["foreach"] is None else group["foreach"]
+            if foreach and not low_precision and type(param) in (Tensor, torch.nn.Parameter):
                 multi.setdefault((param.device, param.dtype, param.grad.dtype), []).append(param)
             else:
                 single.append(param)

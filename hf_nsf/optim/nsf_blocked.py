@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 BLOCK = 1 << 18  # elements that two threads work on while they are in cache
 SMALL = 1 << 15  # tensors up to this many elements are gathered
 KEPT_BYTES = 40 << 20  # bound of the scratch for the directions of one tensor
+_FULL_PRECISION, _PLAIN = (torch.float32, torch.float64), (Tensor, torch.nn.Parameter)
 _SAFE_SQUARES = (1e-18, 1e30)  # within these a float32 sum of squares has lost nothing
 
 
@@ -40,14 +41,13 @@ class Scratch:
 
 def takes(param: Tensor, state: dict[str, Any]) -> bool:
     """Whether this path can step a parameter: plain, on the CPU, in one full precision, contiguous."""
-    grad, m, v = param.grad, state["exp_avg"], state["exp_avg_sq"]
+    grad, m, v, dtype = param.grad, state["exp_avg"], state["exp_avg_sq"], param.dtype
     return (
-        type(param) in (Tensor, torch.nn.Parameter)
-        and grad is not None
+        dtype in _FULL_PRECISION
+        and type(param) in _PLAIN
         and type(grad) is Tensor
         and param.device.type == "cpu"
-        and param.dtype in (torch.float32, torch.float64)
-        and param.dtype == grad.dtype == m.dtype == v.dtype
+        and dtype == grad.dtype == m.dtype == v.dtype
         and param.is_contiguous()
         and grad.is_contiguous()
         and m.is_contiguous()

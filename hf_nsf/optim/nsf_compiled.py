@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 CHUNK = 1 << 13  # elements of one piece of work
 SHARES = 8  # portions of the chunks for each thread: one that is held up takes fewer of them
 BATCH = 1 << 19  # elements of tensors that go through both loops together
+LINE = 16  # elements of a cache line; each tensor's directions begin at a multiple of it
 KEPT = 12 << 20  # elements whose directions are kept (48 MiB); those of what is beyond are computed twice
 
 
@@ -49,8 +50,8 @@ class Plan:
                 room = 0
             chunks = slice(int(starts[index]), int(starts[index + 1]))
             places = room + self.lows[chunks]
-            self.places[chunks] = np.where(places + CHUNK <= KEPT, places, -1)
-            room += counts[index] * CHUNK
+            self.places[chunks] = np.where(room + self.highs[chunks] <= KEPT, places, -1)
+            room += -(-size // LINE) * LINE
             self.scratch = min(max(self.scratch, room), KEPT)
         self.batches = np.array([*batches, len(self.owner)])
         self.sums = np.zeros((len(self.owner), 2))
