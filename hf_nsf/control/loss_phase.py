@@ -81,10 +81,12 @@ class LossPhase:
         Args:
             loss: the update's mean training loss on this process, a number or a one-element tensor.
             skipped: the update did not happen (fp16 overflow) or its loss is not comparable: it takes no part.
-                The reduction over processes is done all the same, so that they stay in step.
+                Where losses are averaged over processes, one that skips is enough for all to take none.
         """
+        if skipped:
+            loss = math.nan
         value = self._mean_over_processes(loss) if self.reduce else as_float("loss", loss)
-        if skipped or not math.isfinite(value):
+        if not math.isfinite(value):
             return
         first = self.optimizer.param_groups[0]
         count = first["loss_count"] + 1

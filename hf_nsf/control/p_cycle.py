@@ -84,15 +84,16 @@ def _resolve(
                 f"Invalid cycles: cycles={cycles!r} needs total_steps, the number of updates of the training."
             )
         check_positive("total_steps", total_steps)
-        period = total_steps / cycles
+        # Not k mod (total / cycles), whose rounding would put some k at the end of a cycle rather than its beginning.
+        total, count = float(total_steps), cycles
     elif cycle_steps is not None:
-        period = float(cycle_steps)
+        total, count = float(cycle_steps), 1.0
     else:
         raise ValueError("A cycle of p needs a period: give cycle_steps, or cycles with total_steps, or a constant p.")
     shape = _SHAPES[cycle_shape]
 
     def value(k: int) -> float:
-        weight = shape((k % period) / period)
+        weight = shape(k * count % total / total)
         return low + (high - low) * weight
 
     return value

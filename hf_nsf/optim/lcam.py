@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.optim import SGD
 
+from .low_precision import LOW_PRECISION, exact_value, restore_float32, round_into
 from .shards import is_sharded
-from .validation import check_at_least_zero, check_decay
+from .validation import check_at_least_zero, check_decay, check_shapes
 
 # What hf_nsf.LossPhase and the Trainer's callback remember of a run. It stands in the groups from the beginning, since
 # what loads a sharded state (FSDP2, torch.distributed.checkpoint) fills in the entries that it finds and adds none.
@@ -21,6 +22,7 @@ _RUN = {
     "loss_phase": 0,
     "loss_window": 0,
     "loss_windows_average": -1,
+    "processes": 0,
 }
 
 
@@ -41,7 +43,8 @@ class LCAM(SGD):
 
     `buf <- mu_t buf + (g + lambda theta)`, `theta <- theta - eta buf`; only `mu_t` changes between updates, and whoever
     follows the loss (:class:`hf_nsf.LossPhase`, or the Trainer's callback) writes it to `group["momentum"]`. With equal
-    momenta this is :class:`torch.optim.SGD` bit for bit. The method is that of arXiv 2309.02130; we do not deviate.
+    momenta this is :class:`torch.optim.SGD` bit for bit, but for `kahan`. The method is that of arXiv 2309.02130; we do
+    not deviate.
 
     Momentum is undamped: in the steady state 0.95 takes steps twice as long as 0.9.
 
@@ -55,6 +58,9 @@ class LCAM(SGD):
         maximize: ascend instead of descend.
         foreach: use torch's multi-tensor path; None lets torch choose.
         fused: use torch's fused path; None lets torch choose.
+        kahan: for parameters in bfloat16 or float16, keep the buffer in float32 and, in a state of their dtype, what
+            rounding drops of them, and add it again at the next step; torch's SGD loses steps that are small beside a
+            parameter. None means True unless `fused=True`; False is torch's SGD. Other dtypes need none and get none.
 
     Raises:
         ValueError: a value is out of its range; the message shows it.
@@ -73,6 +79,7 @@ class LCAM(SGD):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        kahan: bool | None = None,
     ) -> None:
         check_at_least_zero("lr", lr)
         check_at_least_zero("weight_decay", weight_decay)
@@ -83,6 +90,8 @@ class LCAM(SGD):
             raise ValueError(f"Invalid nesterov: nesterov=True needs both momenta > 0, got {pair}.")
         if foreach and fused:
             raise ValueError("Invalid foreach and fused: foreach=True, fused=True; at most one of the two may be True.")
+        if kahan and fused:
+            raise ValueError("Invalid kahan and fused: kahan=True, fused=True; at most one of the two may be True.")
         super().__init__(
             params,
             lr=lr,
@@ -97,7 +106,7 @@ class LCAM(SGD):
         # can see it and a first momentum buffer stays unwritten. Without this mark the scaler skips the step itself.
         self._step_supports_amp_scaling = False
         # SGD's constructor knows nothing of the pair, so its groups are completed here and later ones on arrival.
-        self.defaults.update(pair)
+        self.defaults.update(pair, kahan=kahan)
         for group in self.param_groups:
             self._complete(group)
 
@@ -106,6 +115,7 @@ class LCAM(SGD):
         for group in self.param_groups:  # a state dict of torch.optim.SGD has one momentum and no pair
             group.setdefault("low_loss_momentum", group["momentum"])
             group.setdefault("high_loss_momentum", group["momentum"])
+            group.setdefault("kahan", None)
             for name, value in _RUN.items():
                 group.setdefault(name, value)
 
@@ -114,6 +124,20 @@ class LCAM(SGD):
         super().add_param_group(param_group)
         if "low_loss_momentum" in self.defaults:
             self._complete(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, one of torch's SGD too; unlike torch's, it keeps float32 buffers in float32.
+
+        Args:
+            state_dict: what `state_dict()` has returned.
+
+        Raises:
+            ValueError: it is the state of parameters of other numbers or shapes.
+        """
+        check_shapes(self, state_dict, "momentum_buffer")
+        super().load_state_dict(state_dict)
+        if any(group["kahan"] is not False and not group["fused"] for group in self.param_groups):
+            restore_float32(self, state_dict, ("momentum_buffer",))
 
     def _init_group(self, group, params, grads, momentum_buffer_list):  # type: ignore[no-untyped-def,override]
         if group["fused"]:
@@ -128,14 +152,46 @@ class LCAM(SGD):
             # torch's multi-tensor operations refuse a mix of DTensors and plain tensors; one at a time is the same.
             if len({is_sharded(param) for param in group["params"]}) == 2:
                 group["foreach"] = False
+        if group["kahan"] is not False and not group["fused"]:
+            for param in group["params"]:
+                if param.dtype in LOW_PRECISION and param.grad is not None:
+                    self._step_low_precision(param, group)
+            group = {**group, "params": [param for param in group["params"] if param.dtype not in LOW_PRECISION]}
         has_sparse_grad = super()._init_group(group, params, grads, momentum_buffer_list)
+        if group["fused"] and any(buf is None for buf in momentum_buffer_list):
+            # torch's fused step knows first gradients of all parameters only; of single ones, zeros give the same.
+            if not all(buf is None for buf in momentum_buffer_list):
+                momentum_buffer_list[:] = [
+                    torch.zeros_like(g) if buf is None else buf
+                    for buf, g in zip(momentum_buffer_list, grads, strict=True)
+                ]
         # torch's multi-tensor Nesterov step adds to the gradients themselves unless decay or maximize made copies.
         multi_tensor = group["foreach"] or (group["foreach"] is None and any(g.device.type != "cpu" for g in grads))
         if group["nesterov"] and multi_tensor and not (group["weight_decay"] or group["maximize"] or group["fused"]):
             grads[:] = [g.clone() for g in grads]
         return has_sparse_grad
 
+    def _step_low_precision(self, param: Any, group: dict[str, Any]) -> None:
+        """SGD's step in float32 for one parameter in bfloat16 or float16."""
+        state, mu = self.state[param], group["momentum"]
+        if "compensation" not in state:
+            state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        theta = exact_value(param, state["compensation"], torch.float32)
+        g = param.grad.to(torch.float32)
+        if group["maximize"]:
+            g = -g
+        if group["weight_decay"] != 0:
+            g = g.add(theta, alpha=group["weight_decay"])
+        if mu != 0:
+            buf = state.get("momentum_buffer")
+            # A buffer of torch's SGD, or of kahan=False, is of the parameter's dtype.
+            buf = torch.clone(g) if buf is None else buf.to(torch.float32).mul_(mu).add_(g)
+            state["momentum_buffer"] = buf
+            g = g.add(buf, alpha=mu) if group["nesterov"] else buf
+        round_into(param, state["compensation"], theta.sub_(g * group["lr"]))
+
     def _complete(self, group: dict[str, Any]) -> None:
+        group.setdefault("kahan", self.defaults["kahan"])
         for name in ("low_loss_momentum", "high_loss_momentum"):
             group.setdefault(name, self.defaults[name])
             check_decay(name, group[name])

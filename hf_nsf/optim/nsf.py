@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .nsf_blocked import Scratch, blocked_nsf, is_adam, takes
+from .low_precision import LOW_PRECISION, exact_value, restore_float32, round_into
+from .nsf_blocked import Scratch, blocked_nsf, filled, is_adam, takes
 from .shards import grad_shard, is_sharded, sum_over_shards, to_local
-from .validation import check_at_least_zero, check_choice, check_decay, check_finite
+from .validation import check_at_least_zero, check_choice, check_decay, check_finite, check_shapes
 
 STEP_SCALES = ("adam", "raw")
 COMPILED_FROM = 10**6  # elements; smaller optimizers are stepped before a compiler has started
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+MULTI = 1 << 23  # elements of tensors that take the multi-tensor path together: it makes two copies of them
+# Outside of these exponents d^(1-2p) leaves float32's range at gradients that are no rarity (1e-12, 1e12).
+_TAME_P = (-0.5, 1.0)
 _KNOBS_ADDED_LATER = {
     "maximize": False,
     "foreach": None,
@@ -32,6 +34,7 @@ _KNOBS_ADDED_LATER = {
     "step_scale": "adam",
     "p": 0.5,
     "p_cycle_step": None,
+    "processes": 0,
 }
 
 
@@ -59,15 +62,15 @@ class NSF(Optimizer):
         step_scale: "adam" or "raw".
         maximize: ascend instead of descend.
         foreach: True for the multi-tensor path, False for the single-tensor one, None for the fastest that is right:
-            the multi-tensor one on accelerators, on the CPU the fused or the blocked one for contiguous parameters in
-            float32 or float64 (they keep up to 48 MiB of scratch), the single-tensor one elsewhere. Parameters in
-            bfloat16 or float16 always take the single-tensor path, sharded ones (DTensor) a path of their own whose
-            lengths are those of the whole tensors, all of them summed over the processes in one collective a step (and
-            mesh dimension).
+            the multi-tensor one on accelerators, on the CPU the fused or the blocked one for float32 or float64 (they
+            keep up to 48 MiB of scratch), the single-tensor one elsewhere. Parameters in bfloat16 or float16 always
+            take the single-tensor path, and so do all for p outside [-1/2, 1], where directions need float64; sharded
+            ones (DTensor) a path of their own whose lengths are those of the whole tensors, all of them summed over the
+            processes in one collective a step (and mesh dimension).
         fused: True for loops over float32 parameters on the CPU that numba compiles at the first step (the extra
             `fused`; some seconds, after which they are cached); None for these where numba is installed and the
-            parameters have a million elements or more; False leaves out these and the blocked path. At p = 1/2 both
-            are torch's fused AdamW; for p outside [-2, 1] ("adam") or [-1/2, 5/2] ("raw") the blocked path steps in.
+            parameters have a million elements or more; False for no compiling: the blocked path. At p = 1/2 both are
+            torch's fused AdamW; for p outside [-1/2, 1] ("adam") or [-1/2, 5/2] ("raw") other paths step in.
         kahan: keep what rounding drops from bfloat16 and float16 parameters, in a state of their dtype, and add it
             again at the next step. None means True; float32 and float64 parameters need none and get none.
 
@@ -75,7 +78,7 @@ class NSF(Optimizer):
 
     Raises:
         ValueError: a value is out of its range, or `fused=True` cannot hold; the message shows it.
-        RuntimeError: at `step()`, for sparse gradients.
+        RuntimeError: at `step()`, for sparse gradients, and for `fused=True` with tensors that have gaps in memory.
     """
 
     def __init__(
@@ -104,9 +107,10 @@ class NSF(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "kahan": kahan,
-            # Of hf_nsf.PCycle: None until there is one. Here, since what loads a sharded state (FSDP2,
-            # torch.distributed.checkpoint) fills in the entries that it finds in the groups and adds none.
+            # Of hf_nsf.PCycle (None until there is one) and of the Trainer's callback. Here, since what loads a sharded
+            # state (FSDP2, torch.distributed.checkpoint) fills in the entries that it finds and adds none.
             "p_cycle_step": None,
+            "processes": 0,
         }
         _check_group(defaults)
         super().__init__(params, defaults)
@@ -138,26 +142,31 @@ class NSF(Optimizer):
                         f"Invalid parameter of dtype {param.dtype}: NSF takes real floating-point parameters; "
                         "view complex ones with torch.view_as_real."
                     )
-                if group["fused"] and (param.dtype != torch.float32 or param.device.type != "cpu"):
+                if group["fused"] and (param.dtype != torch.float32 or param.device.type != "cpu" or is_sharded(param)):
                     raise ValueError(
-                        f"Invalid fused: fused=True with a {param.dtype} parameter on {param.device}; allowed is "
-                        "fused=True for torch.float32 on the CPU, and None or False elsewhere."
+                        f"Invalid fused: fused=True with a {'sharded ' if is_sharded(param) else ''}{param.dtype} "
+                        f"parameter on {param.device}; allowed is fused=True for whole torch.float32 ones on the CPU, "
+                        "and None or False elsewhere."
                     )
         except ValueError:
             self.param_groups.pop()
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; unlike torch's, it keeps float32 moments of lower-precision parameters in float32."""
+        """Load a state; unlike torch's, it keeps float32 moments of lower-precision parameters in float32.
+
+        Args:
+            state_dict: what `state_dict()` has returned.
+
+        Raises:
+            ValueError: it is the state of parameters of other numbers or shapes.
+        """
+        check_shapes(self, state_dict, "exp_avg")
         super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        ours = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(saved, ours, strict=True):
-            if param.dtype not in _LOW_PRECISION or index not in state_dict["state"]:
-                continue
-            for name in ("exp_avg", "exp_avg_sq"):
-                value = state_dict["state"][index][name]
-                self.state[param][name] = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
+        restore_float32(self, state_dict, ("exp_avg", "exp_avg_sq"))
+        for state in self.state.values():
+            if isinstance(state.get("step"), Tensor):  # a Trainer of several GPUs loads it to the GPU
+                state["step"] = state["step"].cpu()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -177,8 +186,9 @@ class NSF(Optimizer):
         for group in self.param_groups:
             single, multi, blocked = self._split(group)
             sharded += [(q, self.state[q], group) for q in group["params"] if is_sharded(q)]
+            lr, p = _item(group["lr"]), _item(group["p"])
             for bucket in blocked:
-                states, lr, p = [self.state[q] for q in bucket], _item(group["lr"]), _item(group["p"])
+                states = [self.state[q] for q in bucket]
                 if bucket[0].dtype == torch.float32 and not is_adam(group, p) and self._compiles(group, p):
                     self._compiled.step(bucket, states, group, lr, p)
                 else:
@@ -201,7 +211,7 @@ class NSF(Optimizer):
         if loops is None or not loops.holds_at(p, group["step_scale"]) or not loops.is_ready(group["step_scale"]):
             return False
         if self._compiled is None:
-            self._compiled = loops.CompiledNSF()
+            self._compiled = loops.CompiledNSF(self._scratch)
         return True
 
     def _split(self, group: dict[str, Any]) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]]]:
@@ -209,7 +219,8 @@ class NSF(Optimizer):
         single: list[Tensor] = []
         blocked: dict[torch.dtype, list[Tensor]] = {}
         multi: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
-        may_block = group["foreach"] is None and group["fused"] is not False
+        tame = group["step_scale"] == "raw" or _TAME_P[0] <= _item(group["p"]) <= _TAME_P[1]
+        may_block = tame and (group["foreach"] is None or bool(group["fused"]))
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -222,7 +233,7 @@ class NSF(Optimizer):
                 state["step"] = torch.tensor(0.0, dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
-            low_precision = param.dtype in _LOW_PRECISION
+            low_precision = param.dtype in LOW_PRECISION
             if low_precision and group["kahan"] is not False and "compensation" not in state:
                 state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             if may_block and takes(param, state):
@@ -230,12 +241,18 @@ class NSF(Optimizer):
                 continue
             if is_sharded(param):
                 continue
+            if group["fused"] and tame:
+                raise RuntimeError(
+                    f"Invalid fused: fused=True with a parameter of shape {tuple(param.shape)} that has gaps in memory "
+                    "or another size or layout than its gradient or state; allowed: fused=None or False."
+                )
             foreach = param.device.type != "cpu" if group["foreach"] is None else group["foreach"]
-            if foreach and not low_precision and type(param) in (Tensor, torch.nn.Parameter):
+            if foreach and tame and not low_precision and type(param) in (Tensor, torch.nn.Parameter):
                 multi.setdefault((param.device, param.dtype, param.grad.dtype), []).append(param)
             else:
                 single.append(param)
-        return single, list(multi.values()), list(blocked.values())
+        lists = [[b[i] for i in some] for b in multi.values() for some in filled([q.numel() for q in b], MULTI)]
+        return single, lists, list(blocked.values())
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -279,8 +296,8 @@ def _bias_corrections(state: dict[str, Any], b1: float, b2: float) -> tuple[floa
 
 
 def _length_ratio(adam_norm: Tensor, u_norm: Tensor) -> Tensor:
-    """S = ||m_hat / d|| / ||u||, and 1 where u = 0."""
-    return torch.where(u_norm > 0, adam_norm / u_norm, torch.ones_like(u_norm))
+    """S = ||m_hat / d|| / ||u||, and 1 where u = 0; no number where one of the two is none."""
+    return torch.where(u_norm == 0, torch.ones_like(u_norm), adam_norm / u_norm)
 
 
 def _single_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
@@ -314,7 +331,11 @@ def _adam_step_and_direction(state: dict[str, Any], group: dict[str, Any]) -> tu
         return u, u
     d = (v.sqrt() / c2**0.5).add_(eps)
     a = _adam_step(m, d, eps).div_(c1)
-    return (a, a) if p == 0.5 else (a, a * _weights(d, p))
+    if p == 0.5:
+        return a, a
+    if not _TAME_P[0] <= p <= _TAME_P[1]:
+        d = d.double()
+    return a, a * _weights(d, p)
 
 
 def _adam_step(m: Tensor, d: Tensor, eps: float) -> Tensor:
@@ -336,15 +357,10 @@ def _norm(x: Tensor) -> Tensor:
 def _move(param: Tensor, u: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     """`theta <- theta - eta (u + lambda theta)`, u being scaled already; what rounding drops is kept, if asked for."""
     lr, rest = _item(group["lr"]), state.get("compensation")
-    # theta is the parameter itself, or its exact value in float32 where the parameter is of lower precision.
-    theta = param if param.dtype == u.dtype else param.to(u.dtype)
-    if rest is not None:
-        theta = theta + rest
+    theta = param if param.dtype == u.dtype else exact_value(param, rest, u.dtype)
     theta.mul_(1 - lr * group["weight_decay"]).sub_(u, alpha=lr)
     if theta is not param:
-        param.copy_(theta)
-        if rest is not None:
-            rest.copy_(theta - param.to(u.dtype))
+        round_into(param, rest, theta)
 
 
 def _multi_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
@@ -376,6 +392,9 @@ def _multi_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group:
     ds = torch._foreach_sqrt(vs)
     torch._foreach_div_(ds, [c2**0.5 for _, c2 in corrections])
     torch._foreach_add_(ds, eps)
+    if p == 0.5 and eps > 0:
+        torch._foreach_addcdiv_(params, ms, ds, [-lr / c1 for c1, _ in corrections])
+        return
     steps = (
         list(torch._foreach_div(ms, ds)) if eps > 0 else [_adam_step(m, d, eps) for m, d in zip(ms, ds, strict=True)]
     )

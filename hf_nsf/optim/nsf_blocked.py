@@ -25,34 +25,61 @@ _SAFE_SQUARES = (1e-18, 1e30)  # within these a float32 sum of squares has lost 
 
 
 class Scratch:
-    """Memory that lives from step to step, one per dtype: allocating it anew costs as much as a pass over it."""
+    """Memory that lives from step to step, one piece per name: allocating it anew costs as much as a pass over it."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._held: dict[str, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.numel() for held in self._held.values())
 
     def take(self, name: str, dtype: torch.dtype, size: int) -> Tensor:
-        """Return `size` elements under a name; their values are arbitrary."""
-        held = self._held.get((name, dtype))
-        if held is None or held.numel() < size:
-            self._held.pop((name, dtype), None)
-            held = self._held[name, dtype] = torch.empty(size, dtype=dtype)
-        return held[:size]
+        """Return `size` elements under a name; their values are arbitrary, and those taken before are overwritten."""
+        held, needed = self._held.get(name), size * dtype.itemsize
+        if held is None or held.numel() < needed:
+            self._held.pop(name, None)
+            held = self._held[name] = torch.empty(needed, dtype=torch.uint8)
+        return held[:needed].view(dtype)
 
 
 def takes(param: Tensor, state: dict[str, Any]) -> bool:
-    """Whether this path can step a parameter: plain, on the CPU, in one full precision, contiguous."""
+    """Whether this path can step a parameter: plain, on the CPU, in one full precision, of one size and one layout.
+
+    The layout may be any without gaps, `torch.channels_last` for one: NSF asks only which elements are one tensor's.
+    The compiled path relies on this: it is given addresses and reads what stands there.
+    """
     grad, m, v, dtype = param.grad, state["exp_avg"], state["exp_avg_sq"], param.dtype
     return (
         dtype in _FULL_PRECISION
         and type(param) in _PLAIN
         and type(grad) is Tensor
-        and param.device.type == "cpu"
+        and param.is_cpu
         and dtype == grad.dtype == m.dtype == v.dtype
-        and param.is_contiguous()
-        and grad.is_contiguous()
-        and m.is_contiguous()
-        and v.is_contiguous()
+        and param.numel() == grad.numel() == m.numel() == v.numel()
+        and (
+            (param.is_contiguous() and grad.is_contiguous() and m.is_contiguous() and v.is_contiguous())
+            or (param.stride() == grad.stride() == m.stride() == v.stride() and _is_dense(param))
+        )
+        and not grad.is_neg()  # its memory holds the opposite
+        and not grad._is_zerotensor()  # it has none
     )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their part of memory, in some order of the dimensions."""
+    filled_so_far = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != filled_so_far:
+            return False
+        filled_so_far *= size
+    return True
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All elements in the order of memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def blocked_nsf(
@@ -63,7 +90,7 @@ def blocked_nsf(
         _adam(params, states, group, lr)
         return
     steps = [state["step"] for state in states]
-    torch._foreach_add_(steps, 1)
+    count_step(steps)
     small: dict[float, list[int]] = {}
     for index, param in enumerate(params):
         t = steps[index].item()
@@ -73,8 +100,13 @@ def blocked_nsf(
             small.setdefault(t, []).append(index)
     for t, indices in small.items():
         rule = _Rule(group, lr, p, t, params[0].dtype, scratch)
-        for some in _filled([params[i].numel() for i in indices]):
+        for some in filled([params[i].numel() for i in indices], BLOCK):
             rule.step_small([params[indices[i]] for i in some], [states[indices[i]] for i in some])
+
+
+def count_step(steps: list[Tensor]) -> None:
+    """Add 1 to each of the counters, which are on the CPU; a tensor's 1 costs a quarter of a number's there."""
+    torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
 
 
 def is_adam(group: dict[str, Any], p: float) -> bool:
@@ -102,14 +134,14 @@ def _adam(params: list[Tensor], states: list[dict[str, Any]], group: dict[str, A
     )
 
 
-def _filled(sizes: Sequence[int]) -> list[list[int]]:
-    """Deal indices, in order, to lists of up to BLOCK elements each."""
+def filled(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Deal indices, in order, to lists of up to `most` elements each; a larger tensor has one of its own."""
     lists: list[list[int]] = [[]]
-    room = BLOCK
+    room = most
     for index, size in enumerate(sizes):
         if size > room and lists[-1]:
             lists.append([])
-            room = BLOCK
+            room = most
         lists[-1].append(index)
         room -= size
     return lists
@@ -129,7 +161,7 @@ class _Rule:
 
     def step_large(self, param: Tensor, state: dict[str, Any]) -> None:
         flat = (param.detach(), param.grad, state["exp_avg"], state["exp_avg_sq"])
-        blocks = list(zip(*(x.view(-1).split(BLOCK) for x in flat), strict=True))  # type: ignore[union-attr]
+        blocks = list(zip(*(_flat(x).split(BLOCK) for x in flat), strict=True))  # type: ignore[arg-type]
         if self.raw:
             for theta, g, m, v in blocks:
                 d = self.scratch.take("d", self.dtype, m.numel())
@@ -147,7 +179,7 @@ class _Rule:
             d = self._adam_step(m, v, u)
             adam_square += _square(u)
             u_square += _square(self._reweigh(u, d))
-        s = math.sqrt(adam_square / u_square) if u_square > 0 else 1.0
+        s = 1.0 if u_square == 0 else math.sqrt(adam_square / u_square)
         for index, (theta, _, m, v) in enumerate(blocks):
             if index < len(directions):
                 u = directions[index]
@@ -174,7 +206,7 @@ class _Rule:
             adam_norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64))
             self._reweigh(u, d)
             u_norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64))
-            s = torch.where(u_norms > 0, adam_norms / u_norms, 1.0).mul_(self.rate).to(self.dtype)
+            s = torch.where(u_norms == 0, 1.0, adam_norms / u_norms).mul_(self.rate).to(self.dtype)
             torch._foreach_mul_(pieces, list(s.unbind()))
         torch._foreach_copy_(ms, unflatten(m, ms))
         torch._foreach_copy_(vs, unflatten(v, vs))

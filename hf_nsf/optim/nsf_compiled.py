@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import nsf_kernels as kernels
+from .nsf_blocked import Scratch, count_step
 from .nsf_kernels import holds_at
 from .torch_threads import run_here, run_on_threads
 
@@ -26,6 +27,7 @@ __all__ = ["CompiledNSF", "Plan", "holds_at", "is_ready"]
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 13  # elements of one piece of work
+CHUNKS = 1 << 16  # about how many there may be before they are made larger: a plan needs 48 bytes for each
 SHARES = 8  # portions of the chunks for each thread: one that is held up takes fewer of them
 BATCH = 1 << 19  # elements of tensors that go through both loops together
 LINE = 16  # elements of a cache line; each tensor's directions begin at a multiple of it
@@ -37,11 +39,14 @@ class Plan:
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self.sizes = sizes
-        counts = [-(-size // CHUNK) for size in sizes]
+        chunk = CHUNK
+        while sum(sizes) > CHUNKS * chunk:
+            chunk *= 2
+        counts = [-(-size // chunk) for size in sizes]
         self.owner = np.repeat(np.arange(len(sizes)), counts)
         starts = np.cumsum([0, *counts])
-        self.lows = (np.arange(len(self.owner)) - starts[self.owner]) * CHUNK
-        self.highs = np.minimum(self.lows + CHUNK, np.asarray(sizes, dtype=np.int64)[self.owner])
+        self.lows = (np.arange(len(self.owner)) - starts[self.owner]) * chunk
+        self.highs = np.minimum(self.lows + chunk, np.asarray(sizes, dtype=np.int64)[self.owner])
         batches, self.places, room = [0], np.full(len(self.owner), -1), 0
         self.scratch = 0
         for index, size in enumerate(sizes):
@@ -58,19 +63,17 @@ class Plan:
 
 
 class CompiledNSF:
-    """Steps lists of tensors and keeps what can be used again: the plan of the last sizes, and the scratch."""
+    """Steps lists of tensors and keeps the plans of the last sizes."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Scratch) -> None:
         self._plans: dict[tuple[int, ...], Plan] = {}
-        self._u = np.empty(0, dtype=np.float32)
+        self._scratch = scratch
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept between steps."""
+        """Bytes kept between steps, without the scratch."""
         plans = self._plans.values()
-        return self._u.nbytes + sum(
-            x.nbytes for plan in plans for x in vars(plan).values() if isinstance(x, np.ndarray)
-        )
+        return sum(x.nbytes for plan in plans for x in vars(plan).values() if isinstance(x, np.ndarray))
 
     def step(
         self, params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], lr: float, p: float
@@ -84,7 +87,7 @@ class CompiledNSF:
             lr: learning rate.
             p: exponent.
         """
-        torch._foreach_add_([state["step"] for state in states], 1)
+        count_step([state["step"] for state in states])
         work = [(q, q.grad, s["exp_avg"], s["exp_avg_sq"], s["step"]) for q, s in zip(params, states, strict=True)]
         work = [item for item in work if item[0].numel()]
         if not work:
@@ -92,22 +95,24 @@ class CompiledNSF:
         sizes = tuple(item[0].numel() for item in work)
         plan = self._plans.get(sizes)
         if plan is None:
-            if len(self._plans) > 8:  # gradients that come and go
+            if len(self._plans) > 3:  # gradients that come and go
                 self._plans.clear()
             plan = self._plans[sizes] = Plan(sizes)
-        addresses = np.array([[x.data_ptr() for x in item[:4]] for item in work], dtype=np.int64).T.copy()  # type: ignore[union-attr]
-        t = torch.stack([item[4] for item in work]).numpy().astype(np.float64)
+        *tensors, steps = zip(*work, strict=True)
+        addresses = np.array([list(map(Tensor.data_ptr, some)) for some in tensors], dtype=np.int64)
+        if not addresses.all():
+            raise RuntimeError("NSF cannot step a parameter whose memory, or that of its gradient, has been freed.")
+        t = np.array([step.item() for step in steps])
         b1, b2 = group["betas"]
         raw = group["step_scale"] == "raw"
-        if not raw and self._u.size < plan.scratch:
-            self._u = np.empty(plan.scratch, dtype=np.float32)
+        u = self._scratch.take("u", torch.float32, 0 if raw else plan.scratch)
         arrays = {
             **{name: getattr(plan, name) for name in ("owner", "lows", "highs", "places", "sums")},
             **dict(zip(("theta", "g", "m", "v"), addresses, strict=True)),
             "rates": -lr / (1 - b1**t),
             "root_c2s": (1 / np.sqrt(1 - b2**t)).astype(np.float32),
             "power": kernels.power_of(2 * p if raw else 1 - 2 * p),
-            "u": self._u,
+            "u": u.numpy(),
         }
         numbers = {
             "sign": -1 if group["maximize"] else 1,
@@ -127,11 +132,13 @@ class CompiledNSF:
         job["next_at"] = job.ctypes.data  # of `next`, its first field
         if raw:
             _run(job, 0, len(plan.owner), kernels.raw)
-            return
-        for first, last in zip(plan.batches[:-1], plan.batches[1:], strict=True):
-            _run(job, first, last, kernels.grafted_first)
-            _run(job, first, last, kernels.grafted_totals, run_here)
-            _run(job, first, last, kernels.grafted_second)
+        else:
+            for first, last in zip(plan.batches[:-1], plan.batches[1:], strict=True):
+                _run(job, first, last, kernels.grafted_first)
+                _run(job, first, last, kernels.grafted_totals, run_here)
+                _run(job, first, last, kernels.grafted_second)
+        for param in tensors[0]:  # a later backward() through the old values must fail, as after any other step
+            torch.autograd.graph.increment_version(param)
 
 
 def _run(job: Any, first: int, last: int, function: Any, run: Any = run_on_threads) -> None:
@@ -150,9 +157,9 @@ def is_ready(step_scale: str) -> bool:
     group = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "step_scale": step_scale, "maximize": False}
     start = time.perf_counter()
     try:
-        CompiledNSF().step([theta], [state], group, lr=0.0, p=0.0)
+        CompiledNSF(Scratch()).step([theta], [state], group, lr=0.0, p=0.0)
     except Exception as error:  # whatever numba fails with, the other paths give the same steps
-        logger.info(f"NSF's loops do not compile here ({type(error).__name__}: {error}); its other paths are used.")
+        logger.warning(f"NSF's loops do not compile here ({type(error).__name__}: {error}); other paths are used.")
         return False
     seconds = time.perf_counter() - start
     if seconds > 2:

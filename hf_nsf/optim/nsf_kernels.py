@@ -313,7 +313,7 @@ def grafted_second(pointer):  # type: ignore[no-untyped-def]
         k, start, end = _at(_int64s(job.owner), c), _at(_int64s(job.lows), c), _at(_int64s(job.highs), c)
         place, root_c2 = _at(_int64s(job.places), c), _at(_float32s(job.root_c2s), k)
         sums = numba.carray(_float64s(job.sums), (c + 1, 2))
-        ratio = 0.0 if sums[c, 0] == 0 else math.sqrt(sums[c, 0] / sums[c, 1]) if sums[c, 1] > 0 else 1.0
+        ratio = 0.0 if sums[c, 0] == 0 else 1.0 if sums[c, 1] == 0 else math.sqrt(sums[c, 0] / sums[c, 1])
         factor = _at(_float64s(job.rates), k) * ratio
         exponent = min(max(math.frexp(factor)[1], -126), 127)
         coarse, fine = _f32(math.ldexp(1.0, exponent)), _f32(math.ldexp(factor, -exponent))
@@ -352,5 +352,5 @@ def kernel(function: Any) -> Any:
     signature = types.void(types.CPointer(numba.from_dtype(JOB)))
     try:
         return numba.cfunc(signature, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # no folder that the cache can be written to
+    except (RuntimeError, OSError):  # no folder that the cache can be written to, or no room there
         return numba.cfunc(signature, error_model="numpy")(function)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of single numbers, shared by constructors and by the parser of `optim_args`."""
+"""Checks of single numbers, shared by constructors and the parser of `optim_args`, and of states to be loaded."""
 
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 
 def as_float(name: str, value: Any) -> float:
@@ -50,3 +52,19 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Refuse a value that is not one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"Invalid {name}: {name}={value!r}, allowed: {', '.join(allowed)}.")
+
+
+def check_shapes(optimizer: Optimizer, state_dict: dict[str, Any], name: str) -> None:
+    """Refuse a state dict whose tensors of that name have other shapes than the parameters (ValueError).
+
+    torch's `load_state_dict` looks at the numbers of groups and parameters only.
+    """
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    ours = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for index, param in zip(saved, ours, strict=False):  # torch refuses other numbers of them
+        value = (state_dict["state"].get(index) or {}).get(name)
+        if isinstance(value, torch.Tensor) and value.shape != param.shape:
+            raise ValueError(
+                f"Invalid state: {name} of shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)}; "
+                "allowed is the state of a model of the same shapes."
+            )

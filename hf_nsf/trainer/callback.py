@@ -96,6 +96,8 @@ class SpectralCallback(TrainerCallback):
         self._optimizer = inner
         self._resumed_in_epoch = resumed and not float(state.epoch or 0).is_integer()
         first = inner.param_groups[0]
+        for group in inner.param_groups:
+            group["processes"] = args.world_size
         if isinstance(inner, LCAM):
             if resumed and not first.get("loss_window"):
                 logger.warning(

@@ -21,7 +21,7 @@ _OPTIMIZER_FOLDER = "optimizer_0"
 _SHARDED_FOLDER = re.compile(r"^(optimizer|pytorch_model_fsdp)_\d+$")
 
 
-def is_whole(folder: str, processes: int = 1) -> bool:
+def is_whole(folder: str) -> bool:
     """Whether the save of this checkpoint came to its end.
 
     The Trainer writes trainer_state.json last, on the main process; the others may still have been writing the state
@@ -35,11 +35,13 @@ def is_whole(folder: str, processes: int = 1) -> bool:
         return False
     entries = os.listdir(folder)
     names = [name for name in entries if name.endswith((".pt", ".pth")) or name in _FULL_FILES]
-    random_states = sum(name.startswith("rng_state") for name in names)
-    if random_states and processes > 1 and random_states < processes:
-        return False
     sharded = [os.path.join(folder, name) for name in entries if _SHARDED_FOLDER.match(name)]
-    return all(zipfile.is_zipfile(os.path.join(folder, name)) for name in names) and all(map(_has_its_shards, sharded))
+    if not all(zipfile.is_zipfile(os.path.join(folder, name)) for name in names):
+        return False
+    if not all(map(_has_its_shards, sharded)):
+        return False
+    random_states = sum(name.startswith("rng_state") for name in names)
+    return not 0 < random_states < _processes(folder)
 
 
 def _has_its_shards(folder: str) -> bool:
@@ -59,27 +61,46 @@ def _contents(folder: str) -> Any:
     return FileSystemReader(folder).read_metadata()
 
 
-def last_whole_checkpoint(output_dir: str, processes: int = 1) -> tuple[str | None, list[str]]:
+def last_whole_checkpoint(output_dir: str) -> tuple[str | None, list[str]]:
     """The newest checkpoint whose save came to its end, or None, and the newer ones that it was chosen over."""
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
     steps = sorted((int(m.group(1)) for m in map(_FOLDER.match, names) if m), reverse=True)
     broken: list[str] = []
     for step in steps:
         folder = os.path.join(output_dir, f"checkpoint-{step}")
-        if is_whole(folder, processes):
+        if is_whole(folder):
             return folder, broken
         broken.append(folder)
     return None, broken
 
 
-def optimizer_of_checkpoint(folder: str) -> str | None:
-    """Whose state a checkpoint holds: "lcam", "nsf" or "another"; None where it holds none that we can read."""
+def _first_group(folder: str) -> dict[str, Any] | None:
+    """The options of the first parameter group where the optimizer's state is one file, else None."""
     for name in _OPTIMIZER_FILES:
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             # Mapped, not read: only the groups are looked at.
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return _owner(state["param_groups"][0] if state.get("param_groups") else ())
+            return state["param_groups"][0] if state.get("param_groups") else {}
+    return None
+
+
+def _processes(folder: str) -> int:
+    """How many processes have at least taken part in a save; 0 where it does not say."""
+    group = _first_group(folder)
+    if group is not None:
+        return group.get("processes", 0)
+    sharded = os.path.join(folder, _OPTIMIZER_FOLDER)
+    if not os.path.isdir(sharded):
+        return 0
+    return len({place.relative_path.split("_")[2] for place in _contents(sharded).storage_data.values()})
+
+
+def optimizer_of_checkpoint(folder: str) -> str | None:
+    """Whose state a checkpoint holds: "lcam", "nsf" or "another"; None where it holds none that we can read."""
+    group = _first_group(folder)
+    if group is not None:
+        return _owner(group)
     sharded = os.path.join(folder, _OPTIMIZER_FOLDER)
     if os.path.isfile(os.path.join(sharded, ".metadata")):
         names = _contents(sharded).state_dict_metadata

@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
         "nesterov": _boolean,
         "foreach": _boolean,
         "fused": _boolean,
+        "kahan": _boolean,
     },
     "nsf": {
         "p": _number,
@@ -53,6 +54,7 @@ OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
         "step_scale": _word,
         "foreach": _boolean,
         "fused": _boolean,
+        "kahan": _boolean,
     },
 }
 _OF_THE_CONTROLLER = {

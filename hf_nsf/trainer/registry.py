@@ -109,7 +109,7 @@ def _checked_checkpoint(trainer: Trainer, checkpoint: Any) -> Any:
     """The checkpoint to resume from: a whole one where the run asks for the last, and one of the same optimizer."""
     ours = _optimizer_of_run(trainer)
     if checkpoint is True and ours in _HANDLERS and trainer.args.output_dir:
-        last, broken = last_whole_checkpoint(trainer.args.output_dir, trainer.args.world_size)
+        last, broken = last_whole_checkpoint(trainer.args.output_dir)
         if broken and last:
             logger.warning(f"The save of {', '.join(broken)} did not come to its end: resuming from {last}.")
         checkpoint = last or checkpoint  # without any, the Trainer says so itself
@@ -150,7 +150,11 @@ def _listening(train: Any) -> Any:
             check_same_run(name, name in _HANDLERS, options, problem)
         elif problem is not None:
             raise problem
-        callback: Any = next((c for c in self.callback_handler.callbacks if _is_ours(c)), None)
+        # A second one, of the user, would count every update twice: the last added is the one to stay.
+        ours: list[Any] = [c for c in self.callback_handler.callbacks if _is_ours(c)]
+        for other in ours[:-1]:
+            self.remove_callback(other)
+        callback = ours[-1] if ours else None
         if callback is None:
             if optim in _HANDLERS:
                 logger.warning(
