@@ -64,7 +64,7 @@ class LCAM(SGD):
 
     Raises:
         ValueError: a value is out of its range; the message shows it.
-        RuntimeError: at `step()`, for `fused=True` with parameters of lower precision on the CPU.
+        RuntimeError: at `step()`, for `fused=True` with parameters of lower precision on the CPU, or sharded ones.
     """
 
     def __init__(
@@ -147,6 +147,11 @@ class LCAM(SGD):
                     raise RuntimeError(
                         f"Invalid fused: fused=True with a {param.dtype} parameter on the CPU, where torch's "
                         "fused SGD is wrong; allowed: fused=None or False."
+                    )
+                if is_sharded(param) and param.grad is not None:
+                    raise RuntimeError(
+                        "Invalid fused: fused=True with a sharded parameter (DTensor), which torch's fused SGD does "
+                        "not take, alone or beside whole ones; allowed: fused=None or False."
                     )
         if torch.distributed.is_available() and torch.distributed.is_initialized() and group["foreach"] is not False:
             # torch's multi-tensor operations refuse a mix of DTensors and plain tensors; one at a time is the same.

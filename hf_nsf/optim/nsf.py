@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from .low_precision import LOW_PRECISION, exact_value, restore_float32, round_into
 from .nsf_blocked import Scratch, blocked_nsf, filled, is_adam, takes
-from .shards import grad_shard, is_sharded, sum_over_shards, to_local
+from .shards import grad_shards, is_sharded, sum_over_shards, to_local
 from .validation import check_at_least_zero, check_choice, check_decay, check_finite, check_shapes
 
 STEP_SCALES = ("adam", "raw")
@@ -155,6 +155,8 @@ class NSF(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; unlike torch's, it keeps float32 moments of lower-precision parameters in float32.
 
+        A parameter whose entry is empty or lacks a moment or the number of steps starts anew.
+
         Args:
             state_dict: what `state_dict()` has returned.
 
@@ -164,8 +166,10 @@ class NSF(Optimizer):
         check_shapes(self, state_dict, "exp_avg")
         super().load_state_dict(state_dict)
         restore_float32(self, state_dict, ("exp_avg", "exp_avg_sq"))
-        for state in self.state.values():
-            if isinstance(state.get("step"), Tensor):  # a Trainer of several GPUs loads it to the GPU
+        for param, state in list(self.state.items()):
+            if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
+                del self.state[param]
+            elif isinstance(state["step"], Tensor):  # a Trainer of several GPUs loads it to the GPU
                 state["step"] = state["step"].cpu()
 
     @torch.no_grad()
@@ -185,7 +189,8 @@ class NSF(Optimizer):
         sharded: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         for group in self.param_groups:
             single, multi, blocked = self._split(group)
-            sharded += [(q, self.state[q], group) for q in group["params"] if is_sharded(q)]
+            # Not self.state[q], which would make an empty state where there is no gradient.
+            sharded += [(q, self.state.get(q, {}), group) for q in group["params"] if is_sharded(q)]
             lr, p = _item(group["lr"]), _item(group["p"])
             for bucket in blocked:
                 states = [self.state[q] for q in bucket]
@@ -418,12 +423,13 @@ def _sharded_nsf(work: list[tuple[Any, dict[str, Any], dict[str, Any]]]) -> None
     """
     # Between the two halves only the sums travel; u is made anew rather than kept, one tensor at a time.
     locals_ = []
+    grads = grad_shards([param for param, _, _ in work if param.grad is not None])
     pairs, meshes, placements = [], [], []
     for param, state, group in work:
         local = {name: to_local(value) for name, value in state.items()}
         locals_.append(local)
         if param.grad is not None:
-            _update_moments(grad_shard(param), local, group)
+            _update_moments(next(grads), local, group)
         if group["step_scale"] == "raw" or _item(group["p"]) == 0.5:
             continue
         zero = torch.zeros(2, dtype=torch.float64, device=to_local(param).device)

@@ -3,6 +3,8 @@
 
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,7 +12,9 @@ from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from hf_nsf import LCAM, NSF
 
@@ -29,55 +33,138 @@ def assert_equal(sharded, plain, what: str) -> None:
         assert error <= RELATIVE, f"{what}: tensor {i} differs by {error:.2e}"
 
 
-class Collectives:
-    """Counts the sums over processes that are made inside the block."""
-
-    def __enter__(self):
-        self.count, self._all_reduce = 0, dist.all_reduce
-
-        def counted(*args, **kwargs):
-            self.count += 1
-            return self._all_reduce(*args, **kwargs)
-
-        dist.all_reduce = counted
-        return self
-
-    def __exit__(self, *error):
-        dist.all_reduce = self._all_reduce
+def collectives_of(optimizer) -> int:
+    """Step; return the number of collectives made in it, torch's own for DTensors included."""
+    with CommDebugMode() as mode:
+        optimizer.step()
+    return mode.get_total_counts()
 
 
-def placements_of(mesh, index: int):
-    """A different placement for each tensor: every mix of shards and replicas that fits the mesh; None is plain."""
-    choices = {1: [[Shard(0)], [Shard(0)], [Shard(1)], [Replicate()], None]}
-    choices[2] = [[Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(0), Replicate()], [Shard(0), Shard(0)], None]
-    return choices[mesh.ndim][index]
+@dataclass
+class Case:
+    """An optimizer, the one of torch that it is held against, and the collectives that it may make beside that one's.
+
+    For NSF torch's is AdamW, and NSF may make fewer; for LCAM it is SGD, which makes exactly as many.
+    """
+
+    make: Callable
+    of_torch: Callable
+    lengths: int = 0  # collectives per mesh dimension
+    exactly: bool = False
+
+    def check(self, made: int, by_torch: int, mesh, partial_sums: int) -> None:
+        """Sums of gradients that arrive in parts are NSF's own work: as few as can be, and no more than torch makes."""
+        if self.exactly:
+            assert made == by_torch, f"{made} collectives in a step, torch makes {by_torch}"
+            return
+        own = partial_sums + self.lengths * mesh.ndim
+        assert made == own, f"{made} collectives in a step, expected {own}"
+        assert partial_sums <= by_torch, f"{partial_sums} collectives for gradients, torch makes {by_torch}"
 
 
-def lockstep(mesh, make, per_step: int) -> None:
+# A different placement for each of the SHAPES: every mix of shards and replicas that fits the mesh; None is plain.
+PLACEMENTS = {
+    1: [[Shard(0)], [Shard(0)], [Shard(1)], [Replicate()], None],
+    2: [[Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(0), Replicate()], [Shard(0), Shard(0)], None],
+}
+# How the gradients arrive at every second step: to be added over processes, but for the third, which takes a maximum.
+# (torch's AdamW takes no partial gradient of the second, which has fewer rows than there are shards.)
+PARTIAL = {
+    1: [[Partial()], [Shard(0)], [Partial("max")], [Partial()], None],
+    2: [[Partial(), Partial()], [Replicate(), Shard(0)], [Shard(0), Partial("max")], [Partial(), Partial()], None],
+}
+
+
+def distribute(value: torch.Tensor, mesh, placements) -> torch.Tensor:
+    """The value as a DTensor; where it is partial, each element comes from one process alone."""
+    if placements is None:
+        return value.clone()
+    whole_places = [Replicate() if place.is_partial() else place for place in placements]
+    local = distribute_tensor(value, mesh, whole_places, src_data_rank=None).to_local()
+    index = torch.arange(local.numel()).view(local.shape)
+    for dim, place in enumerate(placements):
+        if place.is_partial():
+            others = local - 1 if place.reduce_op == "max" else torch.zeros_like(local)
+            local = torch.where(index % mesh.size(dim) == mesh.get_local_rank(dim), local, others)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
+
+
+def lockstep(mesh, case: Case) -> None:
     """The same random gradients for sharded, replicated and plain parameters and for whole ones."""
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    plain = [v.clone().requires_grad_() for v in values]
-    mixed = []
-    for i, value in enumerate(values):
-        places = placements_of(mesh, i)
-        tensor = value.clone() if places is None else distribute_tensor(value, mesh, places)
-        mixed.append(torch.nn.Parameter(tensor))
-    ours, reference = make(mixed), make(plain)
+    plain = [torch.randn(shape, generator=generator).requires_grad_() for shape in SHAPES]
+    mixed, same = (
+        [torch.nn.Parameter(distribute(v.detach(), mesh, p)) for v, p in zip(plain, PLACEMENTS[mesh.ndim], strict=True)]
+        for _ in range(2)
+    )
+    ours, of_torch, reference = case.make(mixed), case.of_torch(same), case.make(plain)
     for step in range(STEPS):
-        for i, (a, b) in enumerate(zip(mixed, plain, strict=True)):
-            if step % 10 == 9 and i == 2:  # now and then one has no gradient
-                a.grad = b.grad = None
-                continue
-            g = torch.randn(b.shape, generator=generator)
-            b.grad = g
-            places = placements_of(mesh, i)
-            a.grad = g.clone() if places is None else distribute_tensor(g, mesh, places)
-        with Collectives() as made:
+        arrive = (PARTIAL if step % 2 else PLACEMENTS)[mesh.ndim]
+        missing = 2 if step % 10 == 9 else None  # now and then one has no gradient
+        for i, (a, b, c) in enumerate(zip(mixed, same, plain, strict=True)):
+            g = torch.randn(c.shape, generator=generator)
+            a.grad = b.grad = distribute(g, mesh, arrive[i]) if i != missing else None
+            c.grad = g if i != missing else None
+        if step < 10:
+            # One for all sums of a mesh dimension, and one for the maximum, which is left to torch.
+            partial_sums = mesh.ndim + (missing is None) if step % 2 else 0
+            case.check(collectives_of(ours), collectives_of(of_torch), mesh, partial_sums)
+        else:
             ours.step()
         reference.step()
-        assert made.count == per_step, f"{made.count} collectives in a step, expected {per_step}"
     assert_equal(mixed, plain, f"lockstep on a mesh of {mesh.ndim} dimensions")
+
+
+class Block(torch.nn.Module):
+    """A transformer's feed-forward block between two norms, in float64, since biases of 0 divide by the smallest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.norm, self.last = torch.nn.LayerNorm(6), torch.nn.LayerNorm(6)
+        self.up, self.down = torch.nn.Linear(6, 12), torch.nn.Linear(12, 6)
+        self.double()
+
+    def forward(self, x):
+        return self.last(self.down(torch.tanh(self.up(self.norm(x)))))
+
+
+def tensor_parallel(mesh, case: Case) -> None:
+    """Training a block whose sequence and matrices are sharded is training the whole one.
+
+    The norms' gradients are partial sums: each process has those of its part of the sequence.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plan = {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+        "last": SequenceParallel(use_local_output=True),
+    }
+    plain, model, same = Block(), *(parallelize_module(Block(), mesh, plan) for _ in range(2))
+    reference, ours, of_torch = (
+        case.make(plain.parameters()),
+        case.make(model.parameters()),
+        case.of_torch(same.parameters()),
+    )
+
+    def backward(block, x, y) -> None:
+        block.zero_grad()
+        ((block(x) - y).square().sum() / 100).backward()
+
+    for step in range(STEPS):
+        x, y = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(step)).double()
+        mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+        backward(plain, x, y)
+        reference.step()
+        backward(model, x[:, mine], y[:, mine])
+        if step >= 3:
+            ours.step()
+            continue
+        assert sum(q.grad.placements == (Partial(),) for q in model.parameters()) >= 4, "no partial gradients"
+        backward(same, x[:, mine], y[:, mine])
+        case.check(collectives_of(ours), collectives_of(of_torch), mesh, partial_sums=1)
+    assert_equal(model.parameters(), plain.parameters(), "tensor parallelism")
 
 
 def build_model() -> torch.nn.Module:
@@ -130,6 +217,14 @@ def fsdp2(mesh, make) -> None:
         assert torch.equal(whole(a), whole(b)), "a run resumed from a DCP checkpoint differs"
 
 
+def adamw(params):
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=1e-2, momentum=0.95, weight_decay=0.01)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     world = dist.get_world_size()
@@ -137,14 +232,17 @@ def main() -> None:
     meshes = {1: line}
     if world == 4:
         meshes[2] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    makers = {f"nsf p={p}": (lambda q, p=p: NSF(q, lr=1e-2, p=p), int(p != 0.5)) for p in (0.5, 0.0, -0.25)}
-    makers["nsf raw"] = (lambda q: NSF(q, lr=1e-2, p=0.25, step_scale="raw"), 0)
-    makers["lcam"] = (lambda q: LCAM(q, lr=1e-2, weight_decay=0.01), 0)
-    makers["lcam foreach"] = (lambda q: LCAM(q, lr=1e-2, weight_decay=0.01, foreach=True), 0)
-    for name, (make, per_step) in makers.items():
+    cases = {
+        f"nsf p={p}": Case(lambda q, p=p: NSF(q, lr=1e-2, p=p), adamw, lengths=int(p != 0.5)) for p in (0.5, 0.0, -0.25)
+    }
+    cases["nsf raw"] = Case(lambda q: NSF(q, lr=1e-2, p=0.25, step_scale="raw"), adamw)
+    cases["lcam"] = Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01), sgd, exactly=True)
+    cases["lcam foreach"] = Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01, foreach=True), sgd, exactly=True)
+    for name, case in cases.items():
         for mesh in meshes.values():
-            lockstep(mesh, make, per_step * mesh.ndim)
-        fsdp2(line, make)
+            lockstep(mesh, case)
+        tensor_parallel(line, case)
+        fsdp2(line, case.make)
         if dist.get_rank() == 0:
             print("passed:", name, flush=True)
     dist.destroy_process_group()

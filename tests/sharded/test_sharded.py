@@ -16,6 +16,6 @@ CASES = ["nsf p=0.5", "nsf p=0.0", "nsf p=-0.25", "nsf raw", "lcam", "lcam forea
 def test_sharded_training_is_whole_training_with_one_collective_a_step(processes):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(WORKER)], capture_output=True, text=True, timeout=240, env=env)
+    done = subprocess.run([*command, str(WORKER)], capture_output=True, text=True, timeout=480, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed")] == CASES
