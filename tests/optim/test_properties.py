@@ -176,6 +176,26 @@ def test_a_saved_optimizer_goes_on_exactly(maker, dtype, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=True))
 
 
+@pytest.mark.parametrize("left", [set(), {"step"}, {"exp_avg", "exp_avg_sq"}, {"step", "exp_avg"}], ids=sorted)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nsf_starts_anew_where_a_loaded_state_is_empty_or_incomplete(dtype, left):
+    params = parameters(dtype)
+    first = NSF(params, lr=1e-2, p=0.1)
+    drive(first, params, steps=3)
+    state, kept = copy.deepcopy(first.state_dict()), copy.deepcopy(first.state_dict())
+    state["state"][0] = {name: value for name, value in state["state"][0].items() if name in left}
+    del kept["state"][0]  # of a parameter that had no gradient yet
+    results = []
+    for each in (state, kept):
+        ours = [q.detach().clone().requires_grad_() for q in params]
+        second = NSF(ours, lr=1e-2, p=0.1)
+        second.load_state_dict(each)
+        drive(second, ours, steps=2)
+        results.append(ours)
+        assert [int(second.state[q]["step"]) for q in ours[:2]] == [2, 5]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("maker", [lambda q: NSF(q, p=0.1), lambda q: LCAM(q)], ids=["nsf", "lcam"])
 def test_pickle_deepcopy_and_old_states(maker):
     params = parameters()

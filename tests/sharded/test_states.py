@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an optimizer keeps, saves and refuses of sharded parameters; one process shows it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from hf_nsf import LCAM, NSF
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def sharded(mesh, dtype=torch.float32):
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 3, dtype=dtype), mesh, [Shard(0)]))
+    param.grad = distribute_tensor(torch.ones(4, 3, dtype=dtype), mesh, [Shard(0)])
+    return param
+
+
+@pytest.mark.parametrize("p", [0.5, 0.1])
+def test_a_sharded_parameter_without_a_gradient_gets_no_state(mesh, p):
+    params = [sharded(mesh), sharded(mesh)]
+    params[1].grad = None
+    optimizer = NSF(params, p=p)
+    optimizer.step()
+    assert optimizer.state_dict()["state"].keys() == {0}
+    assert torch.equal(params[1].full_tensor(), torch.ones(4, 3)) and (params[0].full_tensor() < 1).all()
+
+
+@pytest.mark.parametrize("beside", ["plain", "none"])
+def test_lcam_fused_refuses_sharded_parameters_in_a_sentence(mesh, beside):
+    params = [sharded(mesh)]
+    if beside == "plain":
+        params.insert(0, nn.Parameter(torch.ones(3)))
+        params[0].grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"Invalid fused: fused=True .*DTensor.*; allowed: fused=None or False\.$"):
+        LCAM(params, fused=True).step()
+    before = params[-1].full_tensor().clone()
+    LCAM(params).step()
+    assert (params[-1].full_tensor() < before).all()
+    assert all((q < 1).all() for q in params[:-1])
