@@ -40,8 +40,10 @@ CLAIMS = [
      [f"{DDP}::test_all_ranks_hold_the_same_bits", f"{DDP}::test_the_phases_are_those_of_one_process",
       f"{DDP}::test_without_the_reduction_ranks_diverge"]),
     ("one scalar reduced a step (LCAM), none (NSF)", [f"{DDP}::test_lcam_reduces_one_scalar_a_step_and_nsf_nothing"]),
-    ("FSDP2 (`fully_shard`), DTensor on one and two mesh dimensions, mixed with plain parameters: the whole tensor's "
-     "step, one collective a step and dimension; DCP round trip", ["tests/sharded/test_sharded.py"]),
+    ("FSDP2 (`fully_shard`), tensor parallelism (`parallelize_module`), DTensor on one and two mesh dimensions, mixed "
+     "with plain parameters: the whole tensor's step, one collective a step and dimension (and one for partial "
+     "gradients); DCP round trip, also between 2 and 4 processes",
+     ["tests/sharded/test_sharded.py", "tests/sharded/test_states.py"]),
     ("the Trainer under FSDP2, 2 and 4 processes: agreement with one, FULL and SHARDED checkpoints resumed bit for bit",
      [FSDP]),
     ("bf16 autocast; bfloat16 parameters", ["tests/precision/test_bf16.py"]),

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of test_sharded.py, started by torchrun: sharded and whole parameters stepped side by side."""
+"""One process of test_sharded.py, started by torchrun: sharded and whole parameters stepped side by side.
+
+With a folder as its argument it makes half of a training there, the second half if the folder holds the first.
+"""
 
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -182,39 +186,84 @@ def train(model, optimizer, steps, rank, world, rows=8) -> None:
         optimizer.step()
 
 
+def shard_model(mesh) -> torch.nn.Module:
+    model = build_model()
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    return model
+
+
+def everything(model, optimizer) -> dict:
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def resume(mesh, make, folder):
+    """A new model and its optimizer, filled from a DCP checkpoint."""
+    model = shard_model(mesh)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(0.5)
+    optimizer = make(model.parameters())
+    target = everything(model, optimizer)
+    # That steps once with gradients of zero and lr = 0, to make the states that it will fill.
+    assert all(torch.equal(whole(q), torch.full_like(whole(q), 0.5)) for q in model.parameters()), "loading moves"
+    load(target, checkpoint_id=folder)
+    model.load_state_dict(target["model"])
+    set_optimizer_state_dict(model, optimizer, target["optimizer"])
+    return model, optimizer
+
+
 def fsdp2(mesh, make) -> None:
     """Training under fully_shard is the training of the whole model; its DCP checkpoint goes on bit for bit."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    plain, model = build_model(), build_model()
-    for layer in (model[0], model[2], model):
-        fully_shard(layer, mesh=mesh)
+    plain, model = build_model(), shard_model(mesh)
     reference, ours = make(plain.parameters()), make(model.parameters())
     train(plain, reference, range(STEPS), 0, 1)
     train(model, ours, range(STEPS // 2), rank, world)
 
     folder = [tempfile.mkdtemp() if rank == 0 else None]
     dist.broadcast_object_list(folder)
-    saved = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, ours)}
-    save(saved, checkpoint_id=folder[0])
+    save(everything(model, ours), checkpoint_id=folder[0])
     train(model, ours, range(STEPS // 2, STEPS), rank, world)
     assert_equal(model.parameters(), plain.parameters(), "fully_shard")
 
-    other = build_model()
-    with torch.no_grad():
-        for param in other.parameters():
-            param.fill_(0.5)
-    for layer in (other[0], other[2], other):
-        fully_shard(layer, mesh=mesh)
-    resumed = make(other.parameters())
-    target = {"model": other.state_dict(), "optimizer": get_optimizer_state_dict(other, resumed)}
-    # That steps once with gradients of zero and lr = 0, to make the states that it will fill.
-    assert all(torch.equal(whole(q), torch.full_like(whole(q), 0.5)) for q in other.parameters()), "loading moves"
-    load(target, checkpoint_id=folder[0])
-    other.load_state_dict(target["model"])
-    set_optimizer_state_dict(other, resumed, target["optimizer"])
+    other, resumed = resume(mesh, make, folder[0])
     train(other, resumed, range(STEPS // 2, STEPS), rank, world)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(whole(a), whole(b)), "a run resumed from a DCP checkpoint differs"
+
+
+def whole_tensors(model, optimizer) -> list[torch.Tensor]:
+    """Weights and state, whole, in the order of their names."""
+    kept = everything(model, optimizer)
+    states = [state[name] for _, state in sorted(kept["optimizer"]["state"].items()) for name in sorted(state)]
+    return [whole(value).detach().clone() for value in [*kept["model"].values(), *states]]
+
+
+def half_a_run(mesh, make, folder: Path) -> None:
+    """The first half of a training, or the second if another number of processes has made the first."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    is_first = not folder.exists()
+    dist.barrier()  # nobody makes the folder before all have looked
+    if is_first:
+        model = shard_model(mesh)
+        ours = make(model.parameters())
+        train(model, ours, range(STEPS // 2), rank, world)
+        save(everything(model, ours), checkpoint_id=folder)
+        kept = whole_tensors(model, ours)
+        if rank == 0:
+            torch.save({"world": world, "tensors": kept}, folder / "whole.pt")
+        return
+    kept = torch.load(folder / "whole.pt")
+    assert kept["world"] != world
+    model, ours = resume(mesh, make, folder)
+    loaded = whole_tensors(model, ours)
+    assert len(loaded) > len(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(loaded, kept["tensors"], strict=True)), "loaded tensors differ"
+    train(model, ours, range(STEPS // 2, STEPS), rank, world)
+    plain = build_model()
+    train(plain, make(plain.parameters()), range(STEPS), 0, 1)
+    assert_equal(model.parameters(), plain.parameters(), "another number of processes")
 
 
 def adamw(params):
@@ -239,10 +288,13 @@ def main() -> None:
     cases["lcam"] = Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01), sgd, exactly=True)
     cases["lcam foreach"] = Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01, foreach=True), sgd, exactly=True)
     for name, case in cases.items():
-        for mesh in meshes.values():
-            lockstep(mesh, case)
-        tensor_parallel(line, case)
-        fsdp2(line, case.make)
+        if len(sys.argv) > 1:
+            half_a_run(line, case.make, Path(sys.argv[1], name))
+        else:
+            for mesh in meshes.values():
+                lockstep(mesh, case)
+            tensor_parallel(line, case)
+            fsdp2(line, case.make)
         if dist.get_rank() == 0:
             print("passed:", name, flush=True)
     dist.destroy_process_group()

@@ -12,10 +12,21 @@ WORKER = Path(__file__).with_name("sharded_worker.py")
 CASES = ["nsf p=0.5", "nsf p=0.0", "nsf p=-0.25", "nsf raw", "lcam", "lcam foreach"]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_sharded_training_is_whole_training_with_one_collective_a_step(processes):
+def launch(processes, *arguments):
+    """Run the worker; return the cases that it passed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(WORKER)], capture_output=True, text=True, timeout=480, env=env)
+    done = subprocess.run([*command, str(WORKER), *arguments], capture_output=True, text=True, timeout=480, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed")] == CASES
+    return [line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed")]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sharded_training_is_whole_training_with_one_collective_a_step(processes):
+    assert launch(processes) == CASES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2)])
+def test_a_sharded_run_goes_on_with_another_number_of_processes(first, second, tmp_path):
+    assert launch(first, str(tmp_path)) == launch(second, str(tmp_path)) == CASES
