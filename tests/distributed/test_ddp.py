@@ -3,6 +3,7 @@
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,14 +16,32 @@ from tiny_run import same
 
 WORKER = Path(__file__).with_name("tiny_run.py")
 SHORT_EPOCH = {"size": 88, "accelerator_config": {"even_batches": False}}
+# Without its filter the Trainer's sum of losses, which it resets by subtraction, stays NaN after the first one.
+FILTER = {"logging_nan_inf_filter": True}
+# What rank 1 has otherwise, and what the sentence must say of rank 0 and of rank 1.
+DIFFERENT = [
+    ("lcam", {"optim_args": "low_loss_momentum=0.7,high_loss_momentum=0.9"},
+     ("'low_loss_momentum': 0.8,", "'low_loss_momentum': 0.7,")),
+    ("lcam", {"optim_args": "low_loss_momentum=0.8,high_loss_momentum=0.95"},
+     ("'high_loss_momentum': 0.9}", "'high_loss_momentum': 0.95}")),
+    ("lcam", {"learning_rate": 0.04}, ("'group 0 lr': '0.05'", "'group 0 lr': '0.04'")),
+    ("nsf", {"optim_args": "p_min=0.25,p_max=0.5,cycles=2"}, ("'p_min': -0.25,", "'p_min': 0.25,")),
+    ("nsf", {"optim_args": "p_min=-0.25,p_max=0.5,cycles=2,step_scale=raw"}, ("optim=nsf", "'step_scale': 'raw'")),
+    ("nsf", {"learning_rate": 2e-2}, ("'group 0 lr': '0.01'", "'group 0 lr': '0.02'")),
+]  # fmt: skip
+NAN_AT = [2, 6, 9, 10]  # the seventh update is the first of an epoch
 JOBS = [
-    {"name": "lcam", "optimizer": "lcam", "save_strategy": "steps", "save_steps": 9},
-    {"name": "nsf", "optimizer": "nsf"},
-    {"name": "sgd", "optimizer": "sgd"},
-    {"name": "adamw", "optimizer": "adamw"},
+    {"name": "lcam", "optimizer": "lcam", "save_strategy": "steps", "save_steps": 9, "counts": True},
+    {"name": "nsf", "optimizer": "nsf", "counts": True},
+    {"name": "sgd", "optimizer": "sgd", "save_strategy": "steps", "save_steps": 9, "counts": True},
+    {"name": "adamw", "optimizer": "adamw", "counts": True},
     {"name": "control", "optimizer": "lcam", "local_losses": True},
-    {"name": "different", "optimizer": "lcam", "different_options": True},
-    {"name": "nan", "optimizer": "lcam", "nan_rows": [40]},
+    *({"name": f"different {index}", "optimizer": optimizer, "different_on_rank_1": changes}
+      for index, (optimizer, changes, _) in enumerate(DIFFERENT)),
+    {"name": "nan", "optimizer": "lcam", "nan_at": NAN_AT, **FILTER},
+    {"name": "empty, mean", "optimizer": "lcam", "empty_last": True, **FILTER},
+    {"name": "empty, counting", "optimizer": "lcam", "empty_last": True, "counts_items": True},
+    {"name": "empty, nsf", "optimizer": "nsf", "empty_last": True, **FILTER},
     {"name": "uneven", "optimizer": "lcam", "size": 89},
     {"name": "adamw on rank 1", "optimizer": "lcam", "on_rank_1": "adamw"},
     {"name": "nsf on rank 1", "optimizer": "sgd", "on_rank_1": "nsf"},
@@ -41,6 +60,7 @@ JOBS = [
     {"name": "short batch", "optimizer": "lcam", "size": 95, "accelerator_config": {"even_batches": False}},
     {"name": "windows", "optimizer": "lcam", "counts_items": True, "gradient_accumulation_steps": 4},
 ]  # fmt: skip
+ALONE = ("lcam", "nsf", "windows")  # those that a single process makes too, for comparison
 LAUNCHES = [
     pytest.param("torchrun", 2),
     pytest.param("torchrun", 4, marks=pytest.mark.slow),
@@ -70,15 +90,42 @@ def launch(launcher, processes, jobs, folder, timeout=280):
 @functools.cache
 def results(launcher, processes):
     """What each process held at the end of each job: {job: [rank 0, rank 1, ...]}."""
+    jobs = [job for job in JOBS if processes > 1 or job["name"] in ALONE]
     with tempfile.TemporaryDirectory() as folder:
-        done = launch(launcher, processes, JOBS, folder)
+        done = launch(launcher, processes, jobs, folder)
         assert done.returncode == 0, done.stderr[-3000:]
         load = functools.partial(torch.load, weights_only=True)
-        return {j["name"]: [load(f"{folder}/{j['name']}-{rank}.pt") for rank in range(processes)] for j in JOBS}
+        return {j["name"]: [load(f"{folder}/{j['name']}-{rank}.pt") for rank in range(processes)] for j in jobs}
 
 
 def used(result, key):
     return [entry[key] for entry in result["logs"]]
+
+
+def check_agreement(ranks):
+    """All ranks hold the same bits, and had the same loss state before and after every update."""
+    for other in ranks[1:]:
+        for key in ("weights", "state", "groups", "updates", "logs"):
+            assert same(ranks[0][key], other[key]), key
+
+
+def check_decisions(ranks):
+    """METHOD's rule on the mean of the ranks' own losses, six updates an epoch: what is not finite takes no part."""
+    momentum, chosen = 0.9, set()
+    for index, (before, after) in enumerate(ranks[0]["updates"]):
+        loss = sum(rank["own_losses"][index] for rank in ranks) / len(ranks)
+        total, count = (0.0, 0) if index % 6 == 0 else (total, count)  # noqa: F821
+        assert all((group["momentum"], group["loss_count"]) == (momentum, count) for group in before), index
+        if math.isfinite(loss):
+            total, count = total + loss, count + 1
+            momentum = 0.8 if loss < total / count else 0.9
+            chosen.add(momentum)
+            assert ranks[0]["logs"][index]["loss"] == pytest.approx(loss, rel=1e-6)
+            assert all(group["loss_mean"] == pytest.approx(total / count, rel=1e-6) for group in after), index
+        else:
+            assert before == after, index
+        assert all((group["momentum"], group["loss_count"]) == (momentum, count) for group in after), index
+    assert chosen == {0.8, 0.9}
 
 
 @pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
@@ -108,24 +155,65 @@ def test_without_the_reduction_ranks_diverge(launcher, processes):
 
 @pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
 def test_lcam_reduces_one_scalar_a_step_and_nsf_nothing(launcher, processes):
-    reduced = {name: ranks[0]["reduced"] for name, ranks in results(launcher, processes).items()}
-    assert reduced["nsf"] == reduced["adamw"]
-    assert reduced["lcam"] == reduced["sgd"] + 18 * [1]
+    made = results(launcher, processes)
+    for rank in range(processes):
+        # The first entry is what was called before the first step.
+        lcam, nsf, sgd, adamw = (made[name][rank]["collectives"][1:] for name in ("lcam", "nsf", "sgd", "adamw"))
+        assert len(lcam) == 18 and all(sgd) and all(adamw)  # DDP's own and the log's are seen
+        assert [sorted(step) for step in lcam] == [sorted([*step, "allreduce_ 1"]) for step in sgd]
+        assert nsf == adamw
 
 
 @pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
-def test_different_options_stop_every_rank_with_a_sentence(launcher, processes):
-    for result in results(launcher, processes)["different"]:
-        assert result["error"] and "processes" in result["error"] and "optim_args" in result["error"]
+@pytest.mark.parametrize(
+    ("index", "said"), [(i, said) for i, (*_, said) in enumerate(DIFFERENT)], ids=[said[1] for *_, said in DIFFERENT]
+)
+def test_different_options_stop_every_rank_with_a_sentence(index, said, launcher, processes):
+    errors = {result["error"] for result in results(launcher, processes)[f"different {index}"]}
+    assert len(errors) == 1 and None not in errors
+    first, second = errors.pop().split(", process 1 with ")
+    assert first.startswith("The processes have different options: process 0 trains with ") and said[0] in first
+    assert said[1] in second and second.endswith("; give all the same optim, optim_args and learning rate.")
 
 
 @pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
 def test_a_nan_on_one_rank_is_a_nan_for_all(launcher, processes):
+    """Only the loss is NaN, and no gradient, so that the training itself goes on."""
     ranks = results(launcher, processes)["nan"]
-    losses = used(ranks[0], "loss")
-    assert any(loss != loss for loss in losses)
-    for other in ranks[1:]:
-        assert same(ranks[0]["groups"], other["groups"])
+    for rank, result in enumerate(ranks):
+        nans = [index for index, loss in enumerate(result["own_losses"]) if math.isnan(loss)]
+        assert nans == (NAN_AT if rank == 1 else []) and len(result["own_losses"]) == result["steps"] == 18
+        for index, (before, after) in enumerate(result["updates"]):
+            assert (before == after) == (index in NAN_AT), index
+        assert all(value.isfinite().all() for value in result["weights"].values())
+    check_agreement(ranks)
+    check_decisions(ranks)
+    losses = ranks[0]["own_losses"]
+    assert sum(losses[12:]) < sum(losses[:6])
+
+
+@pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)
+@pytest.mark.parametrize("job", ["empty, mean", "empty, counting", "empty, nsf"])
+def test_an_empty_last_batch_on_one_rank_is_decided_alike_on_all(job, launcher, processes):
+    """The mean over no rows is NaN and takes no part; a sum over none, divided by all ranks' items, is 0 and does."""
+    ranks = results(launcher, processes)[job]
+    last = (5, 11, 17)
+    for rank, result in enumerate(ranks):
+        assert result["error"] is None and len(result["own_losses"]) == 18
+        for index, loss in enumerate(result["own_losses"]):
+            empty = rank == 1 and index in last
+            assert math.isfinite(loss) == (not empty or job == "empty, counting") and (loss == 0) == (
+                empty and job == "empty, counting"
+            )
+        assert all(value.isfinite().all() for value in result["weights"].values())
+    check_agreement(ranks)
+    if job == "empty, nsf":
+        assert [group["p_cycle_step"] for group in ranks[0]["groups"]] == len(ranks[0]["groups"]) * [18]
+        return
+    check_decisions(ranks)
+    for index in last:
+        before, after = ranks[0]["updates"][index]
+        assert (before == after) == (job == "empty, mean")
 
 
 @pytest.mark.parametrize(("launcher", "processes"), LAUNCHES)

@@ -5,6 +5,7 @@ Run as a script with a JSON file of jobs and a folder, it makes all of them, and
 the end of a job to `<folder>/<job>-<rank>.pt`.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
 import hf_nsf
 
@@ -27,13 +29,12 @@ LOGGED = ("loss", "step", "learning_rate", "nsf_p", "lcam_momentum", "lcam_loss_
 
 
 class Rows(Dataset):
-    """Random rows with a learnable, noisy label. From row `nan_row` on the rows are not numbers."""
+    """Random rows with a learnable, noisy label."""
 
-    def __init__(self, size=96, nan_rows=()):
+    def __init__(self, size=96):
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(size, 6, generator=generator)
         self.labels = ((self.x[:, 0] + 0.5 * torch.randn(size, generator=generator)) > 0).long()
-        self.x[list(nan_rows)] = float("nan")
 
     def __len__(self):
         return len(self.x)
@@ -75,12 +76,16 @@ def arguments(folder, optimizer, **changes):
     return TrainingArguments(**values)
 
 
-def make_trainer(folder, optimizer, dropout=0.0, dataset=None, callbacks=None, counts_items=False, **changes):
+def make_trainer(
+    folder, optimizer, dropout=0.0, dataset=None, callbacks=None, counts_items=False, cls=Trainer, collator=None,
+    **changes,
+):  # fmt: skip
     set_seed(3)
-    return Trainer(
+    return cls(
         model=(Counting if counts_items else Averaging)(dropout),
         args=arguments(folder, optimizer, **changes),
         train_dataset=Rows() if dataset is None else dataset,
+        data_collator=collator,
         callbacks=callbacks,
     )
 
@@ -121,43 +126,103 @@ class _Dies(TrainerCallback):
             os._exit(9)
 
 
+class _Watches(TrainerCallback):
+    """Notes of each update what the groups know of losses before and after it, and the collectives called in it."""
+
+    def __init__(self):
+        self.updates, self.collectives = [], [[]]
+
+    @staticmethod
+    def _known(optimizer):
+        names = ("momentum", "loss_phase", "loss_mean", "loss_sum", "loss_count")
+        return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.updates.append([self._known(optimizer)])
+        self.collectives.append([])
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.updates[-1].append(self._known(optimizer))
+
+
+class _Collectives(TorchDispatchMode):
+    """Sees every collective of torch.distributed, by whatever function it is called, and DDP's own."""
+
+    def __init__(self, watches):
+        super().__init__()
+        self.watches = watches
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace:
+            given = [each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else [arg])]
+            elements = sum(each.numel() for each in given if isinstance(each, torch.Tensor))
+            self.watches.collectives[-1].append(f"{func.overloadpacket.__name__} {elements}")
+        return func(*args, **(kwargs or {}))
+
+
+class _OwnLosses(Trainer):
+    """Keeps the losses of its own process; on rank 1 those of some updates are NaN, though no gradient is."""
+
+    nan_at = ()
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.args.process_index == 1 and self.state.global_step in self.nan_at:
+            loss = loss * float("nan")
+        self.own_losses = [*getattr(self, "own_losses", []), loss.item()]
+        return loss
+
+
+class _EmptyLast:
+    """Collates, and leaves rank 1 without any row in the last batch of an epoch."""
+
+    def __init__(self, rank, batches):
+        self.rank, self.batches, self.made = rank, batches, 0
+
+    def __call__(self, rows):
+        self.made += 1
+        empty = self.rank == 1 and self.made % self.batches == 0
+        return {name: value[: 0 if empty else None] for name, value in default_data_collator(rows).items()}
+
+
 def run_job(job, folder):
-    """Make one training; return what this process holds, and how often it called all_reduce in Python."""
+    """Make one training; return what this process holds, and what it saw on the way."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     job = dict(job)
     name, optimizer = job.pop("name"), job.pop("optimizer")
     other, output = job.pop("on_rank_1", optimizer), Path(folder, job.pop("folder", name))
     optimizer = other if rank == 1 else optimizer
-    if job.pop("different_options", False) and rank == 1:
-        job["optim_args"] = "low_loss_momentum=0.7,high_loss_momentum=0.9"
-    nan_rows, dies = job.pop("nan_rows", ()), job.pop("dies_at", None)
-    resume, local = job.pop("resume", None), job.pop("local_losses", False)
+    different = job.pop("different_on_rank_1", {})
+    if rank == 1:
+        job.update(different)
+    nan_at, empty_last, dies = job.pop("nan_at", ()), job.pop("empty_last", False), job.pop("dies_at", None)
+    resume, local, counts = job.pop("resume", None), job.pop("local_losses", False), job.pop("counts", False)
     job.setdefault("per_device_train_batch_size", 16 // processes)
-    dataset = Rows(job.pop("size", 96), nan_rows)
+    dataset = Rows(job.pop("size", 96))
+    if nan_at or empty_last:
+        job["cls"] = _OwnLosses
+    if empty_last:
+        job["collator"] = _EmptyLast(rank, len(dataset) // 16)
 
-    calls, all_reduce, reduced_mean = [], torch.distributed.all_reduce, hf_nsf.LossPhase._mean_over_processes
-
-    def counted(tensor, *args, **kwargs):
-        calls.append(tensor.numel())
-        return all_reduce(tensor, *args, **kwargs)
-
-    torch.distributed.all_reduce = counted
+    watches, reduced_mean = _Watches(), hf_nsf.LossPhase._mean_over_processes
     if local:  # the negative control: decide from this process' own loss
         hf_nsf.LossPhase._mean_over_processes = staticmethod(float)
     try:
-        callbacks = [_Dies(dies)] if dies is not None else None
+        callbacks = [watches] if dies is None else [watches, _Dies(dies)]
         trainer = make_trainer(output, optimizer, dataset=dataset, callbacks=callbacks, **job)
+        trainer.nan_at = nan_at
         error = None
         try:
-            trainer.train(resume_from_checkpoint=resume)
+            with _Collectives(watches) if counts else contextlib.nullcontext():
+                trainer.train(resume_from_checkpoint=resume)
         except ValueError as caught:
             error = str(caught)
     finally:
-        torch.distributed.all_reduce = all_reduce
         hf_nsf.LossPhase._mean_over_processes = staticmethod(reduced_mean)
-    result = {"error": error, "reduced": calls, "processes": processes}
+    result = {"error": error, "collectives": watches.collectives, "processes": processes}
     if error is None:
-        result.update(held(trainer), steps=trainer.state.global_step)
+        own = getattr(trainer, "own_losses", None)
+        result.update(held(trainer), steps=trainer.state.global_step, updates=watches.updates, own_losses=own)
     return result
 
 
