@@ -10,15 +10,22 @@ from torch import nn
 
 import hf_nsf
 from hf_nsf import LCAM, NSF, LossPhase, PCycle
+from hf_nsf.optim.nsf import compiled_loops
 
 PATHS = [
+    ("lcam", {}),
     ("lcam", {"foreach": True}),
     ("lcam", {"fused": True}),
     ("lcam", {"foreach": False}),
+    ("nsf", {}),
     ("nsf", {"foreach": True}),
     ("nsf", {"foreach": False}),
+    pytest.param("nsf", {"fused": True}, marks=pytest.mark.skipif(compiled_loops() is None, reason="needs numba")),
 ]
-IDS = ["-".join([name, *map(str, next(iter(options.items())))]) for name, options in PATHS]
+IDS = [
+    "lcam-default", "lcam-foreach", "lcam-fused", "lcam-single",
+    "nsf-default", "nsf-foreach", "nsf-single", "nsf-fused",
+]  # fmt: skip
 
 
 class Poisoned:
@@ -41,9 +48,9 @@ class Poisoned:
 @pytest.mark.parametrize(("name", "options"), PATHS, ids=IDS)
 @pytest.mark.parametrize("poisoned", [(0, 5), (7,)], ids=["first and sixth", "eighth"])
 def test_trainer_skips_without_a_trace(name, options, poisoned, tmp_path):
-    of_path = ",".join(f"{key}={value}" for key, value in options.items())
+    of_path = "".join(f",{key}={value}" for key, value in options.items())
     text = {"lcam": "low_loss_momentum=0.8,high_loss_momentum=0.9", "nsf": "p_min=-0.25,p_max=0.5,cycle_steps=9"}[name]
-    trainer = make_trainer(tmp_path, name, optim_args=f"{text},{of_path}", lr_scheduler_type="constant", max_steps=20)
+    trainer = make_trainer(tmp_path, name, optim_args=f"{text}{of_path}", lr_scheduler_type="constant", max_steps=20)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     trainer.accelerator.native_amp = True
     snapshots = []
@@ -55,6 +62,7 @@ def test_trainer_skips_without_a_trace(name, options, poisoned, tmp_path):
     trainer.add_callback(Looks())
     Poisoned(trainer, poisoned)
     trainer.train()
+    assert all(trainer.optimizer.optimizer.param_groups[0][key] == value for key, value in options.items())
     assert trainer.optimizer.scaler is not None and len(snapshots) == 20
     for index in range(19):
         assert same(snapshots[index], snapshots[index + 1]) == (index in poisoned), index
