@@ -25,14 +25,14 @@ LOW, HIGH = 0.8, 0.9
 
 
 class Rows(Dataset):
-    """44 rows of tokens, each a noisy count upwards; the labels are the row with some tokens left out."""
+    """Rows of tokens, each a noisy count upwards; the labels are the row with some tokens left out."""
 
-    def __init__(self, classes=False):
+    def __init__(self, classes=False, size=44):
         generator = torch.Generator().manual_seed(0)
-        start = torch.randint(0, 24, (44, 1), generator=generator)
-        noise = torch.randint(0, 2, (44, 8), generator=generator)
+        start = torch.randint(0, 24, (size, 1), generator=generator)
+        noise = torch.randint(0, 2, (size, 8), generator=generator)
         self.rows = (start + torch.arange(8) + noise) % 32
-        self.labels = self.rows.masked_fill(torch.rand(44, 8, generator=generator) < 0.4, -100)
+        self.labels = self.rows.masked_fill(torch.rand(size, 8, generator=generator) < 0.4, -100)
         if classes:
             self.labels = (self.rows[:, 0] > 12).long()
 
@@ -123,16 +123,18 @@ def asked(trainer):
 
 
 def test_a_causal_model_has_the_same_phases_however_its_batches_are_cut(tmp_path):
-    """Updates of 16, 16 and 12 rows: whole, and in micro-batches of 4, the last of the three being a short window."""
-    sgd = {"optim": "sgd", "optim_args": None}
-    theirs = [[entry["loss"] for entry in logs_of(run(tmp_path, llama(), *cut, **sgd))] for cut in ((16, 1), (4, 4))]
+    """Updates of 32, 32 and 24 rows: whole, and in micro-batches of 8, the last of the three being a short window."""
+    sgd, data = {"optim": "sgd", "optim_args": None}, Rows(size=88)
+    cuts = (32, 1), (8, 4)
+    theirs = [[entry["loss"] for entry in logs_of(run(tmp_path, llama(), *cut, data=data, **sgd))] for cut in cuts]
     if theirs[1] != pytest.approx(theirs[0], rel=1e-4):  # transformers 5.2.0 divides the gradients once more
         pytest.skip("this Trainer's accumulated steps differ from whole ones with any optimizer")
-    whole, parts = run(tmp_path, llama(), 16, 1), run(tmp_path, llama(), 4, 4)
+    whole, parts = (run(tmp_path, llama(), *cut, data=data) for cut in cuts)
     losses = [[entry["loss"] for entry in logs_of(trainer)] for trainer in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert used(whole) == decided(losses[0]) and used(parts) == decided(losses[1])
     assert [momentum for momentum, _ in used(whole)] == [momentum for momentum, _ in used(parts)]
+    assert {momentum for momentum, _ in used(whole)} == {LOW, HIGH}
     assert (asked(whole), asked(parts)) == (-1, 1)
 
 

@@ -47,21 +47,22 @@ def bert():
     return BertForSequenceClassification(config)
 
 
-def check_log(history, optimizer):
-    """The momenta follow from the logged losses, or p from its schedule."""
+def check_log(history, optimizer, low=0.8, p_min=-0.25, per_epoch=8):
+    """The momenta follow from the logged losses, or p from its schedule; and the loss falls over three epochs."""
     logs = [entry for entry in history if "loss" in entry]
-    assert len(logs) == 24
+    assert len(logs) == 3 * per_epoch
     if optimizer == "nsf":
-        schedule = p_schedule(range(24), p_min=-0.25, p_max=0.5, cycles=2, total_steps=24)
+        schedule = p_schedule(range(len(logs)), p_min=p_min, p_max=0.5, cycles=2, total_steps=len(logs))
         assert [entry["nsf_p"] for entry in logs] == pytest.approx(schedule, abs=1e-12)
-        return logs
-    momentum, losses = 0.9, []
-    for index, entry in enumerate(logs):
-        losses = losses if index % 8 else []
-        assert entry["lcam_momentum"] == momentum
-        losses.append(entry["loss"])
-        momentum = 0.8 if entry["loss"] < sum(losses) / len(losses) else 0.9
-    return logs
+    else:
+        momentum, losses = 0.9, []
+        for index, entry in enumerate(logs):
+            losses = losses if index % per_epoch else []
+            assert entry["lcam_momentum"] == momentum
+            losses.append(entry["loss"])
+            momentum = low if entry["loss"] < sum(losses) / len(losses) else 0.9
+        assert len({entry["lcam_momentum"] for entry in logs}) == 2
+    assert sum(e["loss"] for e in logs[-per_epoch:]) < sum(e["loss"] for e in logs[:per_epoch])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -73,8 +74,7 @@ def test_seq2seq_trainer(optimizer, tmp_path):
     args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), **COMMON, **OPTIMIZERS[optimizer])
     trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=Copies(sequence=True))
     trainer.train()
-    logs = check_log(trainer.state.log_history, optimizer)
-    assert sum(e["loss"] for e in logs[-8:]) < sum(e["loss"] for e in logs[:8])
+    check_log(trainer.state.log_history, optimizer)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -95,33 +95,36 @@ def test_auto_find_batch_size(optimizer, tmp_path):
     trainer = Small(model=bert(), args=args, train_dataset=Copies(sequence=False))
     trainer.train()
     assert tries[:3] == [8, 8, 8] and tries[-1] < 8
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logs) == 3 * -(-32 // max(tries[3:]))  # the second try's alone
-    first = {"nsf": ("nsf_p", 0.5), "lcam": ("lcam_momentum", 0.9)}[optimizer]
-    assert logs[0][first[0]] == first[1]
+    check_log(trainer.state.log_history, optimizer, per_epoch=-(-32 // max(tries[3:])))  # the second try's alone
 
 
 def test_optuna_searches_over_optim_and_its_options(tmp_path):
-    pytest.importorskip("optuna")
+    optuna = pytest.importorskip("optuna")
+    options = {
+        "lcam": ["low_loss_momentum=0.7,high_loss_momentum=0.9", "low_loss_momentum=0.8,high_loss_momentum=0.9"],
+        "nsf": ["p_min=-0.25,p_max=0.5,cycles=2", "p_min=0.25,p_max=0.5,cycles=2"],
+    }
+    choices = {"optim": list(options), "which": [0, 1]}
     seen = []
 
     def space(trial):
-        low = trial.suggest_categorical("p_min", [-0.25, 0.25])
-        return {"optim": "nsf", "optim_args": f"p_min={low},p_max=0.5,cycles=2"}
+        optim, which = (trial.suggest_categorical(name, values) for name, values in choices.items())
+        rate = OPTIMIZERS[optim]["learning_rate"]
+        return {"optim": optim, "optim_args": options[optim][which], "learning_rate": rate}
 
     class Recording(Trainer):
         def train(self, *args, **kwargs):
             result = super().train(*args, **kwargs)
-            used = [entry["nsf_p"] for entry in self.state.log_history if "nsf_p" in entry]
-            seen.append((self.args.optim_args, min(used)))
+            value = float(self.args.optim_args.partition("=")[2].partition(",")[0])
+            check_log(self.state.log_history, self.args.optim.value, low=value, p_min=value)
+            seen.append((self.args.optim.value, value))
             return result
 
     args = TrainingArguments(output_dir=str(tmp_path), **COMMON, optim="lcam")
     data = Copies(sequence=False)
     trainer = Recording(model_init=lambda trial=None: bert(), args=args, train_dataset=data, eval_dataset=data)
     trainer.hyperparameter_search(
-        hp_space=space, compute_objective=lambda metrics: metrics["eval_loss"], n_trials=4, backend="optuna"
-    )
-    assert len(seen) == 4
-    for text, low in seen:
-        assert low == pytest.approx(-0.25 if "p_min=-0.25" in text else 0.25, abs=0.02)
+        hp_space=space, compute_objective=lambda metrics: metrics["eval_loss"], n_trials=4, backend="optuna",
+        sampler=optuna.samplers.GridSampler(choices),
+    )  # fmt: skip
+    assert sorted(seen) == [("lcam", 0.7), ("lcam", 0.8), ("nsf", -0.25), ("nsf", 0.25)]
