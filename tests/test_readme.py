@@ -54,6 +54,12 @@ def test_every_test_that_the_table_names_exists():
             assert f"def {name}(" in text if name else "def test_" in text, (file, name)
 
 
+def test_the_table_names_every_test_of_the_distributed_file():
+    named = {test.partition("::")[2] for _, tests in run_support.CLAIMS for test in tests if run_support.DDP in test}
+    text = (README.parent / run_support.DDP).read_text()
+    assert named == set(re.findall(r"^def (test_\w+)\(", text, re.MULTILINE))
+
+
 def test_the_table_of_support_is_the_one_that_was_written():
     """Its claims are those of the list, and each has the result of a run in which nothing failed."""
     _, inside, _ = run_support.parts(README.read_text())

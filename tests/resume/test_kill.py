@@ -31,4 +31,5 @@ def test_killed_runs_end_as_uninterrupted_ones(optimizer, kills, processes, shar
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     counts = re.search(r"(\d+) kills in \d+ trainings, (\d+) with a checkpoint", done.stdout)
-    assert counts and int(counts[1]) == kills and int(counts[2]) > 0
+    # A kill before the first checkpoint shows little: at least half must come later.
+    assert counts and int(counts[1]) == kills and 2 * int(counts[2]) >= kills
