@@ -57,87 +57,112 @@ def bert(hidden: int, layers: int, vocabulary: int = 30522) -> BertForSequenceCl
 
 
 def training(
-    rounds: int, steps: int, device: str, model_size: tuple[int, int] = (384, 6), batch: int = 32, length: int = 64
+    rounds: int, updates: int, device: str, model_size: tuple[int, int] = (384, 6), batch: int = 32, length: int = 64
 ) -> list[dict[str, Any]]:
-    """Whole trainings in a stock Trainer, in turns: samples a second of each optimizer.
+    """Short trainings in a stock Trainer, in turns: samples a second of each optimizer.
+
+    A round is a training with each optimizer, in an order that rotates, and gives one ratio to adamw_torch_fused: the
+    two were measured within seconds of each other, so that slower changes of the machine's load fall out. One round
+    before warms up and is not counted.
 
     Args:
         rounds: how often each optimizer trains anew.
-        steps: updates of one training; the first two of each are not counted.
+        updates: of one training; the first is not counted.
         device: "cpu" or "cuda".
         model_size: hidden size and layers.
         batch: samples of an update.
         length: tokens of a sample.
 
     Returns:
-        For each optimizer its median, quartiles and ratio to adamw_torch_fused.
+        For each optimizer its median samples a second, and of its ratios median, quartiles and standard error: 0.93
+        times the distance of the quartiles over the root of the rounds, as for a median of normal values.
     """
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, 1000, (batch * steps, length), generator=generator)
+    tokens = torch.randint(5, 1000, (batch * updates, length), generator=generator)
     data = [{"input_ids": row, "labels": int(row[0]) % 2} for row in tokens]
-    seconds: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            for name in OPTIMIZERS:
-                clock = _Clock()
-                args = TrainingArguments(
-                    output_dir=folder,
-                    optim=name,
-                    max_steps=steps,
-                    per_device_train_batch_size=batch,
-                    learning_rate=1e-4,
-                    logging_strategy="no",
-                    save_strategy="no",
-                    report_to="none",
-                    disable_tqdm=True,
-                    use_cpu=device == "cpu",
-                )
-                trainer = Trainer(model=bert(*model_size), args=args, train_dataset=data, callbacks=[clock])
-                trainer.remove_callback(PrinterCallback)
-                trainer.train()
-                seconds[name] += [b - a for a, b in zip(clock.ends[1:], clock.ends[2:], strict=False)]
-    base = statistics.median(seconds[OPTIMIZERS[0]])
+    speeds: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
+    for index in range(rounds + 1):
+        first = index % len(OPTIMIZERS)
+        for name in OPTIMIZERS[first:] + OPTIMIZERS[:first]:
+            seconds = _train(name, data, updates, batch, device, bert(*model_size))
+            if index > 0:
+                speeds[name].append(batch * (updates - 1) / seconds)
     rows = []
-    for name, some in seconds.items():
-        low, middle, high = statistics.quantiles(some, n=4)
+    for name, some in speeds.items():
+        ratios = [ours / theirs for ours, theirs in zip(some, speeds[OPTIMIZERS[0]], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         rows.append(
             {
                 "optim": name,
-                "samples_per_s": batch / middle,
-                "quartiles": [batch / high, batch / low],
-                "ratio": base / middle,
-                "updates": len(some),
+                "samples_per_s": statistics.median(some),
+                "ratio": middle,
+                "ratio_quartiles": [low, high],
+                "ratio_error": 0.93 * (high - low) / rounds**0.5,
+                "ratios": ratios,
+                "timed_updates": updates - 1,
             }
         )
     return rows
 
 
-def compile_seconds() -> dict[str, float | None]:
-    """Seconds in which NSF's loops are made in a new process, with an empty cache and with a filled one."""
+def _train(name: str, data: list[Any], updates: int, batch: int, device: str, model: nn.Module) -> float:
+    """Seconds from the end of the first update of a training to the end of its last."""
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            optim=name,
+            # The default cycle, but with one period: all timed updates have other p's than its end, 1/2.
+            optim_args=f"cycle_steps={updates}" if name == "nsf" else None,
+            max_steps=updates,
+            per_device_train_batch_size=batch,
+            learning_rate=1e-4,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device == "cpu",
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return clock.ends[-1] - clock.ends[0]
+
+
+def make_loops() -> bool:
+    """Compile NSF's loops in this process, once; False where that cannot be."""
+    loops = nsf.compiled_loops()
+    return loops is not None and all(loops.is_ready(scale) for scale in nsf.STEP_SCALES)
+
+
+def compile_seconds() -> dict[str, dict[str, float | None]]:
+    """Seconds in which NSF's loops of each step_scale are made in a new process; None where they cannot be."""
     code = (
-        "import time, hf_nsf.optim.nsf as nsf\n"
+        "import sys, time, hf_nsf.optim.nsf as nsf\n"
         "start = time.perf_counter()\n"
         "loops = nsf.compiled_loops()\n"
-        "made = loops is not None and all(loops.is_ready(scale) for scale in nsf.STEP_SCALES)\n"
+        "made = loops is not None and loops.is_ready(sys.argv[1])\n"
         "print(time.perf_counter() - start if made else 'none')"
     )
-    found: dict[str, float | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "NUMBA_CACHE_DIR": folder, "PYTHONPATH": str(Path(hf_nsf.__file__).parents[1])}
-        for name in ("empty cache", "filled cache"):
-            done = subprocess.run(
-                [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-            )
-            answer = done.stdout.split()[-1]
-            found[name] = None if answer == "none" else float(answer)
+    found: dict[str, dict[str, float | None]] = {}
+    for scale in nsf.STEP_SCALES:
+        found[scale] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**os.environ, "NUMBA_CACHE_DIR": folder, "PYTHONPATH": str(Path(hf_nsf.__file__).parents[1])}
+            for name in ("without numba's cache", "with it"):
+                done = subprocess.run(
+                    [sys.executable, "-c", code, scale], env=environment, capture_output=True, text=True, check=True
+                )
+                answer = done.stdout.split()[-1]
+                found[scale][name] = None if answer == "none" else float(answer)
     return found
 
 
 def recompilations() -> int | None:
     """What numba compiles while p runs through a cycle, after NSF's loops were made; None without numba."""
-    loops = nsf.compiled_loops()
-    if loops is None or not all(loops.is_ready(scale) for scale in nsf.STEP_SCALES):
+    if not make_loops():
         return None
+    loops = nsf.compiled_loops()
     from numba.core import event
 
     made = loops.kernels.kernel.cache_info().misses
