@@ -439,7 +439,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="What to measure.")
     parser.add_argument("--most_parameters", type=int, default=5 * 10**8, help="Bound of the part `scaling`.")
-    parser.add_argument("--rounds", type=int, default=15, help="Trainings of each optimizer in the part `training`.")
+    parser.add_argument("--rounds", type=int, default=12, help="Trainings of each optimizer in the part `training`.")
     parser.add_argument("--updates", type=int, default=5, help="Updates of each of them; the first is not timed.")
     parser.add_argument("--quick", action="store_true", help="Tiny shapes and few steps: does it run at all?")
     options = parser.parse_args(arguments)
