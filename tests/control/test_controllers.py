@@ -127,6 +127,16 @@ def test_cycles_by_hand(shape, values):
         assert used == p_schedule(range(8), **options, **period)
 
 
+def test_every_cycle_begins_at_p_max_however_its_period_rounds():
+    """100 updates in 6 cycles have one at update 50, though 50 mod (100 / 6) is not 0 in floating point."""
+    for total in range(2, 130):
+        for cycles in range(1, min(total, 24) + 1):
+            begins = [k for k in range(total) if k * cycles % total == 0]
+            for shape in SHAPES:
+                found = p_schedule(begins, p_min=-0.25, p_max=0.5, cycles=cycles, total_steps=total, cycle_shape=shape)
+                assert found == [0.5] * len(begins), (total, cycles, shape)
+
+
 def test_constant_and_tensor_p():
     assert p_schedule(range(3), p=-0.1) == [-0.1] * 3
     optimizer = NSF([nn.Parameter(torch.ones(1))], p=torch.tensor(0.5))

@@ -126,6 +126,35 @@ def test_step_only_reads_momentum():
     assert [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == before
 
 
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_a_parameter_whose_gradients_come_later(path):
+    """torch's own SGD(fused=True) fails there."""
+    results = []
+    for make in (
+        lambda q: LCAM(q, lr=0.1, low_loss_momentum=0.9, high_loss_momentum=0.9, **path),
+        lambda q: torch.optim.SGD(q, lr=0.1, momentum=0.9, foreach=False),
+    ):
+        params = [nn.Parameter(torch.linspace(0, 1, 9, dtype=torch.float64)) for _ in range(2)]
+        optimizer = make(params)
+        for step in range(6):
+            params[0].grad = (params[0].detach() + step).cos()
+            params[1].grad = (params[1].detach() + step).sin() if step > 2 else None
+            optimizer.step()
+        results.append([q.detach() for q in params])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-15)
+
+
+def test_states_of_another_shape_are_refused():
+    small, large = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(40))
+    small.grad = torch.ones(5)
+    theirs, ours = LCAM([small]), LCAM([large])
+    theirs.step()
+    with pytest.raises(ValueError, match=r"momentum_buffer of shape \(5,\) for a parameter of shape \(40,\)"):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+
+
 def test_a_group_may_have_its_own_pair():
     """Its momentum starts at its own high_loss_momentum; missing values come from the defaults."""
     a, b, c = (nn.Parameter(torch.ones(1)) for _ in range(3))

@@ -10,6 +10,7 @@ from tiny_run import held, make_trainer, same
 from transformers import Trainer
 
 import hf_nsf
+from hf_nsf.trainer.checkpoints import is_whole, last_whole_checkpoint
 
 OURS = ["lcam", "nsf"]
 STEPS = {"save_strategy": "steps", "save_steps": 6, "dropout": 0.1, "lr_scheduler_type": "constant"}  # 12 an epoch
@@ -124,3 +125,20 @@ def test_other_optimizers_are_left_to_the_trainer(tmp_path):
     with pytest.raises(FileNotFoundError):
         trained(tmp_path, "adamw", resume=True)
     assert torch.isfinite(next(resumed.model.parameters())).all()
+
+
+@pytest.mark.parametrize("optimizer", OURS)
+def test_a_save_of_several_processes_is_whole_with_the_random_states_of_them_all(optimizer, tmp_path):
+    """Whatever the number of processes that resume: it is the saving ones that count, and they are in the groups."""
+    trained(tmp_path, optimizer, num_train_epochs=1)
+    newest = tmp_path / "checkpoint-12"
+    assert is_whole(str(newest))
+    state = torch.load(newest / "optimizer.pt", weights_only=True)
+    assert [group["processes"] for group in state["param_groups"]] == [1] * len(state["param_groups"])
+    for group in state["param_groups"]:
+        group["processes"] = 2
+    torch.save(state, newest / "optimizer.pt")
+    os.rename(newest / "rng_state.pth", newest / "rng_state_0.pth")
+    assert last_whole_checkpoint(str(tmp_path)) == (str(tmp_path / "checkpoint-6"), [str(newest)])
+    shutil.copy(newest / "rng_state_0.pth", newest / "rng_state_1.pth")
+    assert last_whole_checkpoint(str(tmp_path)) == (str(newest), [])

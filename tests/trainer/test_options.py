@@ -13,6 +13,8 @@ GOOD = [
     ("nsf", "p_min=-0.25,p_max=0.5,cycles=8,cycle_shape=square,step_scale=raw", {"step_scale": "raw"},
      {"p_min": -0.25, "p_max": 0.5, "cycles": 8.0, "cycle_shape": "square"}),
     ("nsf", "cycle_steps=50", {}, {"cycle_steps": 50.0}),
+    ("nsf", "kahan=false,fused=false", {"kahan": False, "fused": False}, {}),
+    ("lcam", "kahan=true", {"kahan": True}, {}),
 ]  # fmt: skip
 
 BAD = [
@@ -42,6 +44,8 @@ BAD = [
     ("nsf", "cycle_shape=sine", ["cycle_shape='sine'", "cosine, triangular, sawtooth, square"]),
     ("nsf", "step_scale=big", ["step_scale='big'", "adam, raw"]),
     ("nsf", "foreach=true,fused=true", ["fused=True", "at most one"]),
+    ("lcam", "kahan=true,fused=true", ["kahan=True", "fused=True", "at most one"]),
+    ("nsf", "kahan=1", ["kahan=1", "true or false"]),
 ]
 
 

@@ -245,6 +245,25 @@ def test_a_removed_callback_warns_once(tmp_path, monkeypatch):
     assert len(said) == 1 and "add_callback" in said[0]
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_second_callback_counts_no_update_twice(name, tmp_path):
+    """Every Trainer has one; a user who adds another, of a class of their own perhaps, keeps that one."""
+
+    class Mine(hf_nsf.SpectralCallback):
+        pass
+
+    results = []
+    for callbacks in (None, [hf_nsf.SpectralCallback()], [hf_nsf.SpectralCallback, Mine()]):
+        args = arguments(tmp_path, num_train_epochs=1, **OPTIMIZERS[name])
+        trainer = Trainer(model=bert(), args=args, train_dataset=Words(), callbacks=callbacks)
+        trainer.train()
+        kept = [c for c in trainer.callback_handler.callbacks if isinstance(c, hf_nsf.SpectralCallback)]
+        assert len(kept) == 1 and (callbacks is None or kept[0] is callbacks[-1])
+        keys = ("loss", "nsf_p", "lcam_momentum", "lcam_loss_mean")
+        results.append([{key: entry.get(key) for key in keys} for entry in train_logs(trainer)])
+    assert results[0] == results[1] == results[2] and len(results[0]) == 11
+
+
 def test_no_loss_seen_warns_once(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_nsf.trainer.callback.logger.warning", said.append)
