@@ -64,8 +64,9 @@ CLAIMS = [
     ("a NaN on one process, one that dies",
      [f"{DDP}::test_a_nan_on_one_rank_is_a_nan_for_all",
       f"{DDP}::test_a_rank_that_dies_ends_the_others_and_leaves_the_checkpoint"]),
-    ("DeepSpeed, ZeRO 1, 2 and 3, on its CPU accelerator; for p other than 1/2 the lengths are those of each process's "
-     "partition, so that NSF's steps differ from DDP's", ["tests/ecosystem/test_deepspeed.py"]),
+    ("DeepSpeed, ZeRO 1, 2 and 3, on its CPU accelerator (where accelerate gives all processes the same batches); for "
+     "p other than 1/2 the lengths are those of each process's partition, so that NSF's steps differ from DDP's",
+     ["tests/ecosystem/test_deepspeed.py"]),
 ]  # fmt: skip
 START, END = "<!-- support: written by tests/run_support.py -->\n", "<!-- end of support -->\n"
 
