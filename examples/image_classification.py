@@ -37,10 +37,14 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
-    ViTImageProcessorPil,
 )
 
 import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
+
+try:
+    from transformers import ViTImageProcessorPil
+except ImportError:  # older ones, where the class without a suffix needs PIL only
+    from transformers import ViTImageProcessor as ViTImageProcessorPil
 
 FROM_SCRATCH = LearningRates(adam_like=3e-3, sgd_like=0.05)
 PRETRAINED = LearningRates(adam_like=5e-5, sgd_like=5e-3)

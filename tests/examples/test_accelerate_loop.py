@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from embedded_data import load_digits_images
 from example_training import run
+from image_classification import ViTImageProcessorPil
 from loop_jobs import run_job
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nsf import LCAM, NSF, LossPhase, PCycle, p_schedule
 
