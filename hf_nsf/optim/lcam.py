@@ -43,8 +43,8 @@ class LCAM(SGD):
 
     `buf <- mu_t buf + (g + lambda theta)`, `theta <- theta - eta buf`; only `mu_t` changes between updates, and whoever
     follows the loss (:class:`hf_nsf.LossPhase`, or the Trainer's callback) writes it to `group["momentum"]`. With equal
-    momenta this is :class:`torch.optim.SGD` bit for bit, but for `kahan`. The method is that of arXiv 2309.02130; we do
-    not deviate.
+    momenta this is :class:`torch.optim.SGD` bit for bit, but for `kahan`, which is ours. The method is that of arXiv
+    2309.02130; we do not deviate from it.
 
     Momentum is undamped: in the steady state 0.95 takes steps twice as long as 0.9.
 
@@ -90,8 +90,6 @@ class LCAM(SGD):
             raise ValueError(f"Invalid nesterov: nesterov=True needs both momenta > 0, got {pair}.")
         if foreach and fused:
             raise ValueError("Invalid foreach and fused: foreach=True, fused=True; at most one of the two may be True.")
-        if kahan and fused:
-            raise ValueError("Invalid kahan and fused: kahan=True, fused=True; at most one of the two may be True.")
         super().__init__(
             params,
             lr=lr,
@@ -197,6 +195,8 @@ class LCAM(SGD):
 
     def _complete(self, group: dict[str, Any]) -> None:
         group.setdefault("kahan", self.defaults["kahan"])
+        if group["kahan"] and group["fused"]:
+            raise ValueError("Invalid kahan and fused: kahan=True, fused=True; at most one of the two may be True.")
         for name in ("low_loss_momentum", "high_loss_momentum"):
             group.setdefault(name, self.defaults[name])
             check_decay(name, group[name])

@@ -116,3 +116,5 @@ def test_lcam_without_kahan_is_torch_sgd():
 def test_kahan_and_torchs_fused_step_exclude_each_other():
     with pytest.raises(ValueError, match="kahan=True, fused=True"):
         hf_nsf.LCAM([nn.Parameter(torch.ones(1))], kahan=True, fused=True)
+    with pytest.raises(ValueError, match="kahan=True, fused=True"):
+        hf_nsf.LCAM([{"params": [nn.Parameter(torch.ones(1))], "kahan": True}], fused=True)
