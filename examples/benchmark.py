@@ -2,12 +2,12 @@
 r"""Time NSF and LCAM beside torch's own optimizers, in one run on the machine at hand.
 
     python examples/benchmark.py --output_dir out                                   all parts but `scaling`
-    python examples/benchmark.py --output_dir out --parts steps                     3 minutes
+    python examples/benchmark.py --output_dir out --parts steps                     4 minutes
     python examples/benchmark.py --output_dir out --parts steps --shapes vit wrn small matrix llama \
-        --candidates "AdamW*" "SGD*" "LCAM*" "NSF p*" "NSF raw*"                     15 minutes
+        --candidates "AdamW*" "SGD*" "LCAM*" "NSF p*" "NSF raw*"                     about 15 minutes
     python examples/benchmark.py --output_dir out --parts compile collectives       1 minute
-    python examples/benchmark.py --output_dir out --parts training                  6 minutes
-    python examples/benchmark.py --output_dir out --parts scaling                   6 minutes, 14 GB of memory
+    python examples/benchmark.py --output_dir out --parts training                  4 minutes
+    python examples/benchmark.py --output_dir out --parts scaling                   about 6 minutes, 14 GB of memory
 
 (on 2 cores). All is printed and written to benchmark.json, `steps` is drawn in benchmark.png, `scaling` in scaling.png.
 
@@ -232,8 +232,7 @@ def step_seconds(optimizer: torch.optim.Optimizer, device: str) -> float:
 
 def extra_memory(optimizer: torch.optim.Optimizer, device: str) -> int:
     """Peak of what a step holds beyond what was there before it, in bytes, its kept scratch included."""
-    kept = sum(x.nbytes for x in getattr(getattr(optimizer, "_scratch", None), "_held", {}).values())
-    kept += getattr(getattr(optimizer, "_compiled", None), "nbytes", 0)
+    kept = sum(getattr(getattr(optimizer, name, None), "nbytes", 0) for name in ("_scratch", "_compiled"))
     if device == "cuda":
         wait(device)
         before = torch.cuda.memory_allocated()
