@@ -17,6 +17,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 TILE = 256  # elements that go through all arithmetic in the first cache
+_LINE = 64  # bytes of a cache line
 
 # Adding in another order is allowed, so that the loops can use vectors; infinities and NaNs keep their meaning.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -69,6 +70,27 @@ def _fetch_and_add(typing, address, n):  # type: ignore[no-untyped-def]
     return types.int64(types.int64, types.int64), lambda context, builder, sig, args: builder.atomic_rmw(
         "add", builder.inttoptr(args[0], ir.PointerType(ir.IntType(64))), args[1], "monotonic"
     )
+
+
+def _prefetch(for_writing):  # type: ignore[no-untyped-def]
+    """A function that asks for the cache line at an address, which may be any."""
+
+    @intrinsic
+    def prefetch(typing, address):  # type: ignore[no-untyped-def]
+        def generate(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            line = builder.inttoptr(args[0], ir.PointerType(ir.IntType(8)))
+            signature = ir.FunctionType(ir.VoidType(), [line.type, _I32, _I32, _I32])
+            function = builder.module.declare_intrinsic("llvm.prefetch", [line.type], signature)
+            # Kept in all caches (3), as data (1).
+            builder.call(function, [line, *(ir.Constant(_I32, n) for n in (int(for_writing), 3, 1))])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return prefetch
+
+
+_fetch_to_read, _fetch_to_write = _prefetch(False), _prefetch(True)
 
 
 def _pointer_to(element, machine_type):  # type: ignore[no-untyped-def]
@@ -244,6 +266,14 @@ def _at(pointer, k):  # type: ignore[no-untyped-def]
     return numba.carray(pointer, k + 1)[k]
 
 
+@njit(forceinline=True)
+def _fetch_tile(tensors, k, low, fetch):  # type: ignore[no-untyped-def]
+    """Ask for the tile of tensor k that begins at element low, so that memory works while the power is computed."""
+    address = _at(_int64s(tensors), k) + 4 * low
+    for byte in range(0, 4 * TILE, _LINE):
+        fetch(address + byte)
+
+
 # What the kernels below work on; arrays are given by their addresses. Threads take chunks from `next`, `run` at a time.
 JOB = np.dtype(
     [(name, np.int64) for name in ("next", "last", "run", "next_at", "owner", "lows", "highs", "places")]
@@ -281,6 +311,9 @@ def grafted_first(pointer):  # type: ignore[no-untyped-def]
             square = _moments_and_step(g, m, v, a, d, job.sign, job.b1c, job.b2, job.b2c, root_c2, job.eps)
             if square != 0:
                 a_square += _exact(a, square)
+            _fetch_tile(job.g, k, high, _fetch_to_read)
+            _fetch_tile(job.m, k, high, _fetch_to_write)
+            _fetch_tile(job.v, k, high, _fetch_to_write)
             square = _weigh(a, d, power)
             if a_square != 0:
                 u_square += _exact(a, square)
@@ -342,6 +375,10 @@ def raw(pointer):  # type: ignore[no-untyped-def]
             d, m = room[: high - low], _part(job.m, k, low, high)
             g, v = _part(job.g, k, low, high), _part(job.v, k, low, high)
             _moments_and_root(g, m, v, d, job.sign, job.b1c, job.b2, job.b2c, root_c2)
+            _fetch_tile(job.theta, k, low, _fetch_to_write)
+            _fetch_tile(job.g, k, high, _fetch_to_read)
+            _fetch_tile(job.m, k, high, _fetch_to_write)
+            _fetch_tile(job.v, k, high, _fetch_to_write)
             _raw_weights(d, power, job.at_zero, job.at_infinity)
             _raw_move(_part(job.theta, k, low, high), m, d, job.eps, job.kept, rate, job.zero)
 
