@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import SGD
+from torch.optim.sgd import sgd
 
+from .layouts import walk_alike
 from .low_precision import LOW_PRECISION, exact_value, restore_float32, round_into
 from .shards import is_sharded
 from .validation import check_at_least_zero, check_decay, check_shapes
@@ -24,6 +27,28 @@ _RUN = {
     "loss_windows_average": -1,
     "processes": 0,
 }
+
+
+def _check_fused(param: Any) -> None:
+    """Refuse `fused=True` for a parameter that memory cannot be walked through for, unless a GPU's kernel takes it."""
+    if is_sharded(param):
+        raise RuntimeError(
+            "Invalid fused: fused=True with a sharded parameter (DTensor), which torch's fused SGD does not take, "
+            "alone or beside whole ones; allowed: fused=None or False."
+        )
+    if param.device.type != "cpu":
+        return
+    if param.dtype in LOW_PRECISION:
+        # Seen with torch 2.13: after five steps its fused SGD was off by more than 1 from the others.
+        raise RuntimeError(
+            f"Invalid fused: fused=True with a {param.dtype} parameter on the CPU, where torch's fused SGD is "
+            "wrong; allowed: fused=None or False."
+        )
+    raise RuntimeError(
+        f"Invalid fused: fused=True with a {param.dtype} parameter of shape {tuple(param.shape)} on the CPU whose "
+        "gradient or buffer is sparse, has gaps in memory or is of another size, type or layout, where torch's fused "
+        "SGD is wrong; allowed: fused=None or False."
+    )
 
 
 def phase_momentum(group: dict[str, Any], low: bool) -> float:
@@ -137,42 +162,89 @@ class LCAM(SGD):
         if any(group["kahan"] is not False and not group["fused"] for group in self.param_groups):
             restore_float32(self, state_dict, ("momentum_buffer",))
 
-    def _init_group(self, group, params, grads, momentum_buffer_list):  # type: ignore[no-untyped-def,override]
-        if group["fused"]:
-            for param in group["params"]:
-                if param.device.type == "cpu" and param.dtype in (torch.bfloat16, torch.float16):
-                    # Seen with torch 2.13: after five steps its fused SGD was off by more than 1 from the others.
-                    raise RuntimeError(
-                        f"Invalid fused: fused=True with a {param.dtype} parameter on the CPU, where torch's "
-                        "fused SGD is wrong; allowed: fused=None or False."
-                    )
-                if is_sharded(param) and param.grad is not None:
-                    raise RuntimeError(
-                        "Invalid fused: fused=True with a sharded parameter (DTensor), which torch's fused SGD does "
-                        "not take, alone or beside whole ones; allowed: fused=None or False."
-                    )
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and group["foreach"] is not False:
-            # torch's multi-tensor operations refuse a mix of DTensors and plain tensors; one at a time is the same.
-            if len({is_sharded(param) for param in group["params"]}) == 2:
-                group["foreach"] = False
-        if group["kahan"] is not False and not group["fused"]:
-            for param in group["params"]:
-                if param.dtype in LOW_PRECISION and param.grad is not None:
-                    self._step_low_precision(param, group)
-            group = {**group, "params": [param for param in group["params"] if param.dtype not in LOW_PRECISION]}
-        has_sparse_grad = super()._init_group(group, params, grads, momentum_buffer_list)
-        if group["fused"] and any(buf is None for buf in momentum_buffer_list):
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient; gradients stay as they are.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            low_precision, fused, others = self._split(group)
+            for param in low_precision:
+                self._step_low_precision(param, group)
+            if fused:
+                self._torch_step(fused, group, fused=True)
+            if others:
+                self._torch_step(others, group, fused=group["fused"])
+        return loss
+
+    def _split(self, group: dict[str, Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """Deal the parameters with a gradient to our own step, torch's fused one, and torch's other ones."""
+        low_precision: list[Any] = []
+        fused: list[Any] = []
+        others: list[Any] = []
+        may_fuse = group["fused"] or (group["fused"] is None and group["foreach"] is None)
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if may_fuse and self._walks(param, grad):
+                fused.append(param)
+            elif group["fused"]:
+                _check_fused(param)
+                fused.append(param)
+            elif group["kahan"] is not False and param.dtype in LOW_PRECISION:
+                low_precision.append(param)
+            else:
+                others.append(param)
+        return low_precision, fused, others
+
+    def _walks(self, param: Any, grad: Any) -> bool:
+        """Whether torch's fused SGD on the CPU is right for a parameter: it walks through memory and tests nothing."""
+        buf = self.state[param].get("momentum_buffer") if param in self.state else None
+        return walk_alike(param, grad) if buf is None else walk_alike(param, grad, buf)
+
+    def _torch_step(self, params: list[Any], group: dict[str, Any], fused: bool | None) -> None:
+        """Give some parameters of a group to torch's SGD, by its fused path or the one that it chooses or is told."""
+        mu, grads, foreach = group["momentum"], [param.grad for param in params], None if fused else group["foreach"]
+        states = [self.state[param] for param in params] if mu != 0 else []
+        bufs = [state.get("momentum_buffer") for state in states]
+        first = [buf is None for buf in bufs]
+        if fused and any(first) and not all(first):
             # torch's fused step knows first gradients of all parameters only; of single ones, zeros give the same.
-            if not all(buf is None for buf in momentum_buffer_list):
-                momentum_buffer_list[:] = [
-                    torch.zeros_like(g) if buf is None else buf
-                    for buf, g in zip(momentum_buffer_list, grads, strict=True)
-                ]
-        # torch's multi-tensor Nesterov step adds to the gradients themselves unless decay or maximize made copies.
-        multi_tensor = group["foreach"] or (group["foreach"] is None and any(g.device.type != "cpu" for g in grads))
-        if group["nesterov"] and multi_tensor and not (group["weight_decay"] or group["maximize"] or group["fused"]):
-            grads[:] = [g.clone() for g in grads]
-        return has_sparse_grad
+            bufs = [torch.zeros_like(g) if buf is None else buf for buf, g in zip(bufs, grads, strict=True)]
+        if foreach is not False and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # torch's multi-tensor operations refuse a mix of DTensors and plain tensors; one at a time is the same.
+            if len({is_sharded(param) for param in params}) == 2:
+                foreach = False
+        multi_tensor = not fused and (foreach or (foreach is None and any(g.device.type != "cpu" for g in grads)))
+        if multi_tensor and group["nesterov"] and not (group["weight_decay"] or group["maximize"]):
+            grads = [g.clone() for g in grads]  # torch adds to the gradients unless decay or maximize made copies
+        sgd(
+            params,
+            grads,
+            bufs,
+            has_sparse_grad=any(g.is_sparse for g in grads),
+            foreach=foreach,
+            fused=fused,
+            weight_decay=group["weight_decay"],
+            momentum=mu,
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if any(first):
+            for state, buf in zip(states, bufs, strict=True):
+                state["momentum_buffer"] = buf
 
     def _step_low_precision(self, param: Any, group: dict[str, Any]) -> None:
         """SGD's step in float32 for one parameter in bfloat16 or float16."""

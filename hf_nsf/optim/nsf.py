@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .layouts import walk_alike
 from .low_precision import LOW_PRECISION, exact_value, restore_float32, round_into
-from .nsf_blocked import Scratch, blocked_nsf, filled, is_adam, takes
+from .nsf_blocked import Scratch, blocked_nsf, filled, is_adam
 from .shards import grad_shards, is_sharded, sum_over_shards, to_local
 from .validation import check_at_least_zero, check_choice, check_decay, check_finite, check_shapes
 
@@ -241,7 +242,7 @@ class NSF(Optimizer):
             low_precision = param.dtype in LOW_PRECISION
             if low_precision and group["kahan"] is not False and "compensation" not in state:
                 state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            if may_block and takes(param, state):
+            if may_block and walk_alike(param, param.grad, state["exp_avg"], state["exp_avg_sq"]):
                 blocked.setdefault(param.dtype, []).append(param)
                 continue
             if is_sharded(param):

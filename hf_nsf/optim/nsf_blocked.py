@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .layouts import in_memory_order
+
 BLOCK = 1 << 18  # elements that two threads work on while they are in cache
 SMALL = 1 << 15  # tensors up to this many elements are gathered
 KEPT_BYTES = 40 << 20  # bound of the scratch for the directions of one tensor
-_FULL_PRECISION, _PLAIN = (torch.float32, torch.float64), (Tensor, torch.nn.Parameter)
 _SAFE_SQUARES = (1e-18, 1e30)  # within these a float32 sum of squares has lost nothing
 
 
@@ -44,48 +45,10 @@ class Scratch:
         return held[:needed].view(dtype)
 
 
-def takes(param: Tensor, state: dict[str, Any]) -> bool:
-    """Whether this path can step a parameter: plain, on the CPU, in one full precision, of one size and one layout.
-
-    The layout may be any without gaps, `torch.channels_last` for one: NSF asks only which elements are one tensor's.
-    The compiled path relies on this: it is given addresses and reads what stands there.
-    """
-    grad, m, v, dtype = param.grad, state["exp_avg"], state["exp_avg_sq"], param.dtype
-    return (
-        dtype in _FULL_PRECISION
-        and type(param) in _PLAIN
-        and type(grad) is Tensor
-        and param.is_cpu
-        and dtype == grad.dtype == m.dtype == v.dtype
-        and param.numel() == grad.numel() == m.numel() == v.numel()
-        and (
-            (param.is_contiguous() and grad.is_contiguous() and m.is_contiguous() and v.is_contiguous())
-            or (param.stride() == grad.stride() == m.stride() == v.stride() and _is_dense(param))
-        )
-        and not grad.is_neg()  # its memory holds the opposite
-        and not grad._is_zerotensor()  # it has none
-    )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their part of memory, in some order of the dimensions."""
-    filled_so_far = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != filled_so_far:
-            return False
-        filled_so_far *= size
-    return True
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """All elements in the order of memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
 def blocked_nsf(
     params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], lr: float, p: float, scratch: Scratch
 ) -> None:
-    """Step parameters of one dtype that :func:`takes` accepts, with the group's options."""
+    """Step parameters of one dtype that :func:`walk_alike` accepts, with the group's options."""
     if is_adam(group, p):
         _adam(params, states, group, lr)
         return
@@ -161,7 +124,7 @@ class _Rule:
 
     def step_large(self, param: Tensor, state: dict[str, Any]) -> None:
         flat = (param.detach(), param.grad, state["exp_avg"], state["exp_avg_sq"])
-        blocks = list(zip(*(_flat(x).split(BLOCK) for x in flat), strict=True))  # type: ignore[arg-type]
+        blocks = list(zip(*(in_memory_order(x).split(BLOCK) for x in flat), strict=True))  # type: ignore[arg-type]
         if self.raw:
             for theta, g, m, v in blocks:
                 d = self.scratch.take("d", self.dtype, m.numel())

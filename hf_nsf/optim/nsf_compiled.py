@@ -121,6 +121,7 @@ class CompiledNSF:
             "b2c": 1 - b2,
             "eps": group["eps"],
             "kept": 1 - lr * group["weight_decay"],
+            "times": {0.0: 1, -0.5: 2}.get(p, 0),
             "at_zero": 0 if p > 0 else 1 if p == 0 else np.inf,
             "at_infinity": np.inf if p > 0 else 1 if p == 0 else 0,
         }

@@ -187,8 +187,18 @@ def _adam_step(m, v, a, d, root_c2, eps):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=_FAST, error_model="numpy")
+def _weigh_exactly(a, d, times):  # type: ignore[no-untyped-def]
+    """Make a the direction u = a d^times, times being 1 (p = 0) or 2 (p = -1/2). Returns the sum of u's squares."""
+    square = _f32(0)
+    for i in range(a.size):
+        a[i] *= min(d[i] if times == 1 else d[i] * d[i], _BOUND)
+        square += a[i] * a[i]
+    return square
+
+
+@njit(fastmath=_FAST, error_model="numpy")
 def _weigh(a, d, power):  # type: ignore[no-untyped-def]
-    """Make a the direction u = a d^(1-2p). Returns the sum of squares of u."""
+    """Make a the direction u = a d^(1-2p). Returns the sum of u's squares."""
     square = _f32(0)
     for i in range(a.size):
         a[i] *= min(_power(d[i], power), _BOUND)
@@ -279,7 +289,7 @@ JOB = np.dtype(
     [(name, np.int64) for name in ("next", "last", "run", "next_at", "owner", "lows", "highs", "places")]
     + [(name, np.int64) for name in ("theta", "g", "m", "v", "root_c2s", "rates", "u", "sums", "power")]
     + [(name, np.float32) for name in ("sign", "b1c", "b2", "b2c", "eps", "kept", "at_zero", "at_infinity")]
-    + [("zero", np.int32)]
+    + [("zero", np.int32), ("times", np.int32)]
 )
 
 
@@ -314,7 +324,7 @@ def grafted_first(pointer):  # type: ignore[no-untyped-def]
             _fetch_tile(job.g, k, high, _fetch_to_read)
             _fetch_tile(job.m, k, high, _fetch_to_write)
             _fetch_tile(job.v, k, high, _fetch_to_write)
-            square = _weigh(a, d, power)
+            square = _weigh_exactly(a, d, job.times) if job.times != 0 else _weigh(a, d, power)
             if a_square != 0:
                 u_square += _exact(a, square)
         sums = numba.carray(_float64s(job.sums), (c + 1, 2))
@@ -358,7 +368,10 @@ def grafted_second(pointer):  # type: ignore[no-untyped-def]
                 high = min(low + TILE, end)
                 d, a = room[0, : high - low], room[1, : high - low]
                 _adam_step(_part(job.m, k, low, high), _part(job.v, k, low, high), a, d, root_c2, job.eps)
-                _weigh(a, d, power)
+                if job.times != 0:
+                    _weigh_exactly(a, d, job.times)
+                else:
+                    _weigh(a, d, power)
                 _move(_part(job.theta, k, low, high), a, job.kept, coarse, fine, job.zero)
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LCAM is torch's SGD, and the authors' loop, bit for bit."""
+"""LCAM is torch's SGD, and the authors' loop, bit for bit on each of torch's paths."""
 
 import pytest
 import torch
 from lcam_reference import sgd_by_formula, train_by_hand
-from problems import classification_problem, drive, identical, make_parameters, set_gradients
+from problems import classification_problem, drive, identical, make_parameters, relative_error, set_gradients
 from torch import nn
 
 from hf_nsf import LCAM, LossPhase
@@ -31,6 +31,21 @@ def test_is_torch_sgd_and_starts_in_the_high_phase():
     assert group["lr"] == 1e-3 and group["weight_decay"] == 0 and group["nesterov"] is False
 
 
+def parameters_for(path, dtype, seed=0):
+    """All kinds; for `fused=True` only those whose gradients are laid out alike, as torch's kernel demands."""
+    params = make_parameters(dtype, seed)
+    return [q for q in params if q.is_contiguous()] if path.get("fused") else params
+
+
+def torch_sgds(params, path, **options):
+    """torch's SGD by the path that LCAM takes: without options the fused one, where parameter and gradient allow it."""
+    if path or params[0].dtype == torch.bfloat16:
+        return [torch.optim.SGD(params, **options, **path)]
+    alike = [q for q in params if q.is_contiguous()]
+    others = [q for q in params if not q.is_contiguous()]
+    return [torch.optim.SGD(alike, fused=True, **options), torch.optim.SGD(others, **options)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("path", PATHS, ids=str)
@@ -44,16 +59,105 @@ def test_equal_momenta_are_sgd_bit_for_bit(path, options, dtype):
             drive(optimizer, params, 1, 0)
         return
     for seed in range(3):
-        ours, theirs = make_parameters(dtype, seed), make_parameters(dtype, seed)
+        ours, theirs = parameters_for(path, dtype, seed), parameters_for(path, dtype, seed)
         # What bfloat16's rounding drops is kept unless one asks for SGD: tests/precision/test_bf16.py.
         pair, plain = {"low_loss_momentum": 0.9, "high_loss_momentum": 0.9}, {"kahan": False} if low else {}
         lcam = LCAM(ours, lr=0.1, **pair, **plain, **options, **path)
-        sgd = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, **options, **path)
-        drive(lcam, ours, 20, seed)
-        drive(sgd, theirs, 20, seed)
+        sgds = torch_sgds(theirs, path, lr=0.1, momentum=0.9, **options)
+        states = [sgd.state for sgd in sgds]
+        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        for _ in range(20):
+            set_gradients(ours, generators[0])
+            set_gradients(theirs, generators[1])
+            lcam.step()
+            for sgd in sgds:
+                sgd.step()
         assert identical(ours, theirs)
         for a, b in zip(ours, theirs, strict=True):
-            assert torch.equal(lcam.state[a]["momentum_buffer"], sgd.state[b]["momentum_buffer"])
+            (state,) = [state[b] for state in states if b in state]
+            assert torch.equal(lcam.state[a]["momentum_buffer"], state["momentum_buffer"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_every_path_is_the_plain_loop_but_for_rounding(path, options, dtype):
+    """A hundred updates, the momentum changing in between, beside torch's loop over single tensors."""
+    ours, theirs = parameters_for(path, dtype), parameters_for(path, dtype)
+    lcam = LCAM(ours, lr=0.05, **options, **path)
+    sgd = torch.optim.SGD(theirs, lr=0.05, momentum=0.95, foreach=False, **options)
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    for index in range(100):
+        mu = 0.9 if index % 7 < 3 else 0.95
+        for optimizer, params, generator in zip((lcam, sgd), (ours, theirs), generators, strict=True):
+            optimizer.param_groups[0]["momentum"] = mu
+            set_gradients(params, generator)
+            optimizer.step()
+    assert relative_error(ours, theirs) <= (1e-6 if dtype == torch.float32 else 1e-14)
+
+
+def ramp(*shape):
+    return torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)
+
+
+ODD = {
+    "a gradient laid out otherwise": lambda: (torch.ones(6, 4), ramp(4, 6).t()),
+    "an expanded gradient": lambda: (torch.ones(6, 4), ramp(6, 1).expand(6, 4)),
+    "a transposed parameter": lambda: (torch.ones(4, 6).t(), ramp(6, 4)),
+    "gaps": lambda: (torch.ones(12, 8)[::2, ::2], ramp(12, 8)[::2, ::2]),
+    "a gradient that is the opposite of its memory": lambda: (torch.ones(6, 4), torch._neg_view(ramp(6, 4))),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_layouts_that_torchs_fused_step_reads_wrongly(odd):
+    """By default they take the plain loop, and the others of their group the fused step; `fused=True` is refused."""
+
+    def made(**path):
+        theta, g = ODD[odd]()
+        params = [nn.Parameter(theta), nn.Parameter(torch.ones(4, 4, 2, 2).to(memory_format=torch.channels_last))]
+        params[0].grad, params[1].grad = g, params[1].detach().clone()
+        return params, LCAM(params, lr=0.1, **path)
+
+    (ours, lcam), (theirs, plain) = made(), made(foreach=False)
+    for optimizer in (lcam, plain):
+        for _ in range(3):
+            optimizer.step()
+    assert not identical(ours, [torch.ones_like(q) for q in ours]) and relative_error(ours, theirs) <= 1e-6
+    params, fused = made(fused=True)
+    with pytest.raises(
+        RuntimeError, match=r"fused=True with a torch.float32 parameter of shape \(6, 4\) on the CPU whose"
+    ):
+        fused.step()
+    assert identical(params, [torch.ones_like(q) for q in params])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_compiled_step_is_the_step(dtype):
+    """Dynamo runs an optimizer's `_init_group` while it compiles, and never again: nothing may be done in there."""
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        q = nn.Parameter(torch.linspace(-1, 1, 50, dtype=dtype))
+        optimizer = LCAM([q], lr=0.1)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for index in range(6):
+            q.grad = (3 * q.detach() + index).cos()
+            step()
+        results.append(q)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0.0)
+    assert not torch.equal(results[0], torch.linspace(-1, 1, 50, dtype=dtype))
+
+
+def test_hooks_run_once_a_step():
+    """Also where there is a torch SGD, whose own step then has hooks too."""
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    q = nn.Parameter(torch.ones(1))
+    q.grad = torch.ones(1)
+    optimizer, seen = LCAM([q]), []
+    optimizer.register_step_pre_hook(lambda *args: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *args: seen.append("post"))
+    assert optimizer.step(lambda: 7.0) == 7.0 and seen == ["pre", "post"]
 
 
 @pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"weight_decay": 5e-4}], ids=str)
@@ -64,7 +168,8 @@ def test_the_authors_loop_bit_for_bit(pair, path, options):
     for seed in range(2):
         low, high = pair
         theirs, epochs = classification_problem(seed)
-        momenta, losses = train_by_hand(theirs, nn.functional.cross_entropy, epochs, low, high, 0.05, **options, **path)
+        sgd = {**options, **(path or {"fused": True})}
+        momenta, losses = train_by_hand(theirs, nn.functional.cross_entropy, epochs, low, high, 0.05, **sgd)
         assert sum(a != b for a, b in zip(momenta, momenta[1:], strict=False)) >= 10 and len(epochs) >= 4
 
         ours, epochs = classification_problem(seed)
@@ -88,7 +193,7 @@ def test_the_authors_loop_bit_for_bit(pair, path, options):
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_gradients_survive_the_step(path, options):
     """torch's own SGD(foreach=True, nesterov=True) without weight decay overwrites them."""
-    params = make_parameters(torch.float32)
+    params = parameters_for(path, torch.float32)
     optimizer = LCAM(params, lr=0.1, **options, **path)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):

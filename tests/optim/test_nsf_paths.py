@@ -341,8 +341,8 @@ def test_what_is_not_a_number_lets_no_other_element_loose(path):
 @pytest.mark.parametrize("path", NAMES)
 def test_layouts_without_gaps_are_stepped_in_place_and_gaps_refused_where_they_cannot_be(path, monkeypatch):
     used = []
-    takes = nsf.takes
-    monkeypatch.setattr(nsf, "takes", lambda q, state: used.append(takes(q, state)) or used[-1])
+    walk_alike = nsf.walk_alike
+    monkeypatch.setattr(nsf, "walk_alike", lambda *tensors: used.append(walk_alike(*tensors)) or used[-1])
     last = torch.randn(3, 5, 4, 4, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     results = []
     for chosen in (PATHS[path], READABLE):

@@ -213,24 +213,6 @@ def test_pickle_deepcopy_and_old_states(maker):
     drive(optimizer, params, steps=3)
 
 
-@pytest.mark.parametrize("path", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
-@pytest.mark.parametrize(
-    "options", [{}, {"nesterov": True, "weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.1}]
-)
-def test_lcam_with_equal_momenta_is_sgd(path, options):
-    for seed in range(3):
-        a, b = parameters(torch.float32, seed), parameters(torch.float32, seed)
-        first = LCAM(a, lr=0.1, low_loss_momentum=0.9, high_loss_momentum=0.9, **options, **path)
-        second = torch.optim.SGD(b, lr=0.1, momentum=0.9, **options, **path)
-        for optimizer, params in ((first, a), (second, b)):
-            generator = torch.Generator().manual_seed(seed)
-            for _ in range(30):
-                for q in params:
-                    q.grad = torch.randn(q.shape, generator=generator)
-                optimizer.step()
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 def test_tensor_lr_and_p_options_of_groups_and_closure():
     a, b = parameters(), parameters()
     drive(NSF(a, lr=torch.tensor(1e-2, dtype=torch.float64), p=torch.tensor(-0.25, dtype=torch.float64)), a)
