@@ -27,11 +27,15 @@ def problem(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_lcam_is_the_authors_loop_bit_for_bit(seed):
+@pytest.mark.parametrize(
+    ("theirs_by", "ours_by"), [({"fused": True}, {}), ({}, {"fused": False})], ids=["fused", "loop"]
+)
+def test_lcam_is_the_authors_loop_bit_for_bit(theirs_by, ours_by, seed):
     theirs, batches = problem(seed)
     ours, _ = problem(seed)
-    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    optimizer = LCAM(ours.parameters(), lr=0.1, low_loss_momentum=0.8, high_loss_momentum=0.9, weight_decay=5e-4)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, **theirs_by)
+    pair = {"low_loss_momentum": 0.8, "high_loss_momentum": 0.9}
+    optimizer = LCAM(ours.parameters(), lr=0.1, weight_decay=5e-4, **pair, **ours_by)
     phase, switches = LossPhase(optimizer), 0
     for _ in range(5):
         total = 0.0
