@@ -280,7 +280,8 @@ def test_short_accumulation_windows_take_part_on_every_rank(launcher, processes)
     assert means[2] == pytest.approx(sum(losses[:2]) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize(("optimizer",), [("lcam",), pytest.param("nsf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
 def test_a_rank_that_dies_ends_the_others_and_leaves_the_checkpoint(optimizer, tmp_path):
     job = {"name": "dying", "optimizer": optimizer, "save_strategy": "steps", "save_steps": 4}
     died = launch("torchrun", 2, [{**job, "dies_at": 6}], tmp_path)

@@ -285,17 +285,20 @@ def results(folder, jobs, processes=2):
     return {job["name"]: [load(Path(folder, f"{job['name']}-{rank}.pt")) for rank in range(processes)] for job in jobs}
 
 
-def check_two_processes(folder, optim, launcher="torchrun"):
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("optim", ["lcam", "nsf"])
+def test_two_processes(optim, launcher, tmp_path, fresh):
     jobs = [
-        {"name": "whole", "args": command_line(folder / "whole", optim)},
+        {"name": "whole", "args": command_line(tmp_path / "whole", optim)},
         {"name": "resumed", "args": command_line(
-            folder / "resumed", optim, "--resume_from_checkpoint", folder / "whole" / "checkpoint-6")},
-        {"name": "plain", "args": command_line(folder / "plain", optim, model="plain")},
-        {"name": "odd", "args": command_line(folder, optim, "--batch_size", 15)},
+            tmp_path / "resumed", optim, "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-6")},
+        {"name": "plain", "args": command_line(tmp_path / "plain", optim, model="plain")},
+        {"name": "odd", "args": command_line(tmp_path, optim, "--batch_size", 15)},
     ]  # fmt: skip
-    done = launch(jobs, folder, launcher)
+    done = launch(jobs, tmp_path, launcher)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = results(folder, jobs)
+    ranks = results(tmp_path, jobs)
     assert "batch_size=15 is no multiple of the 2 processes" in ranks["odd"][0]["error"]
     for name in ("whole", "resumed", "plain"):
         a, b = ranks[name]
@@ -303,21 +306,11 @@ def check_two_processes(folder, optim, launcher="torchrun"):
         assert not torch.equal(a["random"], b["random"])  # but each its own dropout
     assert same(ranks["resumed"], ranks["whole"])
     # Two processes share each batch: they make the updates of one process.
-    one = run_job(command_line(folder / "one", optim, model="plain"))["report"]
+    one = run_job(command_line(tmp_path / "one", optim, model="plain"))["report"]
     two = ranks["plain"][0]["report"]
     for mine, other in zip(one["log"], two["log"], strict=True):
         assert mine == pytest.approx(other, rel=1e-4)
     assert [each["accuracy"] for each in one["epochs"]] == [each["accuracy"] for each in two["epochs"]]
-
-
-def test_two_processes(tmp_path, fresh):
-    check_two_processes(tmp_path, "lcam")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("optim", "launcher"), [("nsf", "torchrun"), ("lcam", "accelerate"), ("nsf", "accelerate")])
-def test_two_processes_in_other_ways(optim, launcher, tmp_path, fresh):
-    check_two_processes(tmp_path, optim, launcher)
 
 
 @pytest.mark.slow

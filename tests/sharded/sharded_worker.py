@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of test_sharded.py, started by torchrun: sharded and whole parameters stepped side by side.
 
-With a folder as its argument it makes half of a training there, the second half if the folder holds the first.
+With --half_a_run it makes half of a training, the second half if the folder given holds the first.
 """
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -287,9 +288,16 @@ def main() -> None:
     cases["nsf raw"] = Case(lambda q: NSF(q, lr=1e-2, p=0.25, step_scale="raw"), adamw)
     cases["lcam"] = Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01), sgd, exactly=True)
     cases["lcam foreach"] = Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01, foreach=True), sgd, exactly=True)
-    for name, case in cases.items():
-        if len(sys.argv) > 1:
-            half_a_run(line, case.make, Path(sys.argv[1], name))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
+    parser.add_argument(
+        "--half_a_run", type=Path, help="Make this half of a run whose other half is of more processes."
+    )
+    arguments = parser.parse_args()
+    for name in arguments.cases:
+        case = cases[name]
+        if arguments.half_a_run:
+            half_a_run(line, case.make, arguments.half_a_run / name)
         else:
             for mesh in meshes.values():
                 lockstep(mesh, case)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
+FEW = ["nsf p=-0.25", "nsf raw", "lcam"]
 CASES = ["nsf p=0.5", "nsf p=0.0", "nsf p=-0.25", "nsf raw", "lcam", "lcam foreach"]
 
 
@@ -21,12 +22,14 @@ def launch(processes, *arguments):
     return [line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed")]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_sharded_training_is_whole_training_with_one_collective_a_step(processes):
-    assert launch(processes) == CASES
+@pytest.mark.parametrize(
+    ("processes", "cases"), [(2, FEW), *(pytest.param(n, CASES, marks=pytest.mark.slow) for n in (2, 4))]
+)
+def test_sharded_training_is_whole_training_with_one_collective_a_step(processes, cases):
+    assert launch(processes, "--cases", *cases) == cases
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2)])
 def test_a_sharded_run_goes_on_with_another_number_of_processes(first, second, tmp_path):
-    assert launch(first, str(tmp_path)) == launch(second, str(tmp_path)) == CASES
+    assert launch(first, "--half_a_run", str(tmp_path)) == launch(second, "--half_a_run", str(tmp_path)) == CASES
