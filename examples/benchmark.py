@@ -255,8 +255,6 @@ def extra_memory(optimizer: torch.optim.Optimizer, device: str) -> int:
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    del profile
-    gc.collect()  # its events lie between the states in memory, whose room could not be used again
     return peak + kept
 
 
@@ -309,6 +307,7 @@ def measure_subset(
         }
         for name, optimizer in optimizers.items()
     }
+    gc.collect()  # the profiler's events lie between the states in memory, whose room could not be used again
     return seconds, facts
 
 

@@ -83,11 +83,11 @@ class LCAM(SGD):
         nesterov: use Nesterov's momentum.
         maximize: ascend instead of descend.
         foreach: use torch's multi-tensor path; False with `fused=None` is torch's loop over single tensors; None lets
-            torch choose, but for what `fused` says.
+            torch choose where `fused` does not.
         fused: use torch's fused path. None (with `foreach=None`) means True for float32 and float64 parameters on the
             CPU whose gradients and buffers are laid out alike and without gaps, where it differs from torch's loop by
-            rounding only and takes two thirds of its time; others take the path that torch chooses. False is that one
-            for all, which is the default of torch's SGD.
+            rounding only and takes two thirds of its time; for others torch chooses. False (with `foreach=None`) is
+            torch's loop, which on a CPU is the default of torch's SGD.
         kahan: for parameters in bfloat16 or float16, keep the buffer in float32 and, in a state of their dtype, what
             rounding drops of them, and add it again at the next step; torch's SGD loses steps that are small beside a
             parameter. None means True unless `fused=True`; False is torch's SGD. Other dtypes need none and get none.

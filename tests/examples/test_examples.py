@@ -522,9 +522,17 @@ WRONG_OPTIONS = [
 
 
 @pytest.mark.parametrize(("flags", "words"), WRONG_OPTIONS)
-def test_wrong_options_end_the_script_with_one_sentence(flags, words, tmp_path):
-    script = EXAMPLES / "image_classification.py"
-    command = [sys.executable, str(script), "--output_dir", str(tmp_path), *flags]
+def test_wrong_options_end_the_script_with_one_sentence(flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["image_classification.py", "--output_dir", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as ended:
+        run(image_classification.main)
+    said = f"{capsys.readouterr().err}{ended.value.code}"
+    assert ended.value.code != 0 and all(word in said for word in words)
+
+
+def test_a_script_in_a_process_of_its_own_says_so_without_a_traceback(tmp_path):
+    flags, words = WRONG_OPTIONS[0]
+    command = [sys.executable, str(EXAMPLES / "image_classification.py"), "--output_dir", str(tmp_path), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words)
