@@ -21,12 +21,17 @@ SAVED_AT = 20  # in mid-epoch: an epoch has 12 updates
 
 
 def train(optimizer: str, stage: int, folder: Path, offload: str, resume: str | None) -> dict:
+    zero = {"stage": stage, **({"offload_optimizer": {"device": "cpu"}} if offload else {})}
+    if stage == 3:
+        # Without it the Trainer writes an empty file and removes it again: here in both processes, which take
+        # themselves for single ones, so that the slower one may find none.
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, **({"offload_optimizer": {"device": "cpu"}} if offload else {})},
+        "zero_optimization": zero,
     }
     args = arguments(
         folder, optimizer, deepspeed=config, max_grad_norm=0.0, ddp_backend=None, use_cpu=False,
