@@ -7,7 +7,7 @@ r"""Time NSF and LCAM beside torch's own optimizers, in one run on the machine a
         --candidates "AdamW*" "SGD*" "LCAM*" "NSF p*" "NSF raw*"                     about 15 minutes
     python examples/benchmark.py --output_dir out --parts compile collectives       1 minute
     python examples/benchmark.py --output_dir out --parts training                  4 minutes
-    python examples/benchmark.py --output_dir out --parts scaling                   about 10 minutes, 16 GB of memory
+    python examples/benchmark.py --output_dir out --parts scaling                   about 10 minutes, up to about 16 GB
 
 (on 2 cores). All is printed and written to benchmark.json, `steps` is drawn in benchmark.png, `scaling` in scaling.png.
 

@@ -290,9 +290,7 @@ def main() -> None:
     cases["lcam foreach"] = Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01, foreach=True), sgd, exactly=True)
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
-    parser.add_argument(
-        "--half_a_run", type=Path, help="Make this half of a run whose other half is of more processes."
-    )
+    parser.add_argument("--half_a_run", type=Path, help="Folder of a run made by two numbers of processes in turn.")
     arguments = parser.parse_args()
     for name in arguments.cases:
         case = cases[name]
