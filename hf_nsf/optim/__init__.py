@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two optimizers. They only read their momentum and exponent; `hf_nsf.control` writes them."""
+"""The two optimizers, and what their momentum and exponent follow. This package knows torch only."""
 
 from .lcam import LCAM
+from .loss_phase import LossPhase
 from .nsf import NSF
+from .p_cycle import p_schedule
 
-__all__ = ["LCAM", "NSF"]
+__all__ = ["LCAM", "NSF", "LossPhase", "p_schedule"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LCAM, loss-controlled asymmetric momentum (arXiv 2309.02130): torch's SGD whose momentum is written from outside."""
+"""LCAM, loss-controlled asymmetric momentum (arXiv 2309.02130): torch's SGD with two momenta."""
 
 from __future__ import annotations
 
@@ -8,47 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import SGD
 from torch.optim.sgd import sgd
 
-from .layouts import walk_alike
-from .low_precision import LOW_PRECISION, exact_value, restore_float32, round_into
-from .shards import is_sharded
-from .validation import check_at_least_zero, check_decay, check_shapes
+from .checks import as_float, check_at_least_zero, check_choice, check_decay, check_flag, check_paths
+from .dtensor import is_sharded
+from .low_precision import LOW_PRECISION, kahan_round, kahan_value, load_state
+from .pieces import chunk_by_numel, same_dense_layout
 
-# What hf_nsf.LossPhase and the Trainer's callback remember of a run. It stands in the groups from the beginning, since
-# what loads a sharded state (FSDP2, torch.distributed.checkpoint) fills in the entries that it finds and adds none.
-_RUN = {
-    "loss_sum": 0.0,
-    "loss_count": 0,
-    "loss_mean": 0.0,
-    "loss_phase": 0,
-    "loss_window": 0,
-    "loss_windows_average": -1,
-    "processes": 0,
-}
-
-
-def _check_fused(param: Any) -> None:
-    """Refuse `fused=True` for a parameter that memory cannot be walked through for, unless a GPU's kernel takes it."""
-    if is_sharded(param):
-        raise RuntimeError(
-            "Invalid fused: fused=True with a sharded parameter (DTensor), which torch's fused SGD does not take, "
-            "alone or beside whole ones; allowed: fused=None or False."
-        )
-    if param.device.type != "cpu":
-        return
-    if param.dtype in LOW_PRECISION:
-        # Seen with torch 2.13: after five steps its fused SGD was off by more than 1 from the others.
-        raise RuntimeError(
-            f"Invalid fused: fused=True with a {param.dtype} parameter on the CPU, where torch's fused SGD is "
-            "wrong; allowed: fused=None or False."
-        )
-    raise RuntimeError(
-        f"Invalid fused: fused=True with a {param.dtype} parameter of shape {tuple(param.shape)} on the CPU; torch's "
-        "fused SGD is right there for float32 and float64 whose gradient and buffer are dense, laid out alike and "
-        "without gaps in memory; allowed: fused=None or False."
-    )
+LOSS_AVERAGES = ("epoch", "ema")
+DEFAULT_EMA_DECAY = 0.98
+PIECE = 1 << 17  # elements; on a CPU the pieces of a step with Kahan sums stay in cache
+_PAIR = ("low_loss_momentum", "high_loss_momentum")
 
 
 def phase_momentum(group: dict[str, Any], low: bool) -> float:
@@ -64,109 +36,96 @@ def phase_momentum(group: dict[str, Any], low: bool) -> float:
 
 
 class LCAM(SGD):
-    r"""SGD with momentum, where each group's momentum is one of two values chosen by the phase of the training loss.
+    r"""SGD with momentum, where the phase of the training loss chooses one of two momenta.
 
-    `buf <- mu_t buf + (g + lambda theta)`, `theta <- theta - eta buf`; only `mu_t` changes between updates, and whoever
-    follows the loss (:class:`hf_nsf.LossPhase`, or the Trainer's callback) writes it to `group["momentum"]`. With equal
-    momenta this is :class:`torch.optim.SGD` bit for bit on each of its paths, but for `kahan`, which is ours. The path
-    of no option is the fastest that is right, which on a CPU is another one than SGD's (see `fused`). The method is
-    that of arXiv 2309.02130; we do not deviate from it.
+    `buf <- mu_t buf + (g + lambda theta)`, `theta <- theta - eta buf`. Only `mu_t` changes between updates:
+    :class:`hf_nsf.LossPhase` (under the Trainer, its callback) writes it to `group["momentum"]`. With equal momenta
+    this is :class:`torch.optim.SGD` bit for bit with the same `foreach` and `fused`, but for `kahan_sum`, which is
+    ours. The method is that of arXiv 2309.02130.
 
     Momentum is undamped: in the steady state 0.95 takes steps twice as long as 0.9.
 
     Args:
-        params: parameters, named parameters or parameter groups.
-        lr: learning rate eta, a float or a one-element tensor.
+        params: parameters, named parameters or parameter groups (each may set every option below).
+        lr: learning rate eta, a number or a one-element tensor.
         low_loss_momentum: momentum after an update whose loss was below its mean, in [0, 1).
         high_loss_momentum: momentum after an update whose loss was not; also that of the first update.
         weight_decay: L2 coefficient lambda, added to the gradient.
         nesterov: use Nesterov's momentum.
+        loss_average: the mean that a loss is compared with: "epoch" (the paper) or "ema", a moving average.
+        loss_ema_decay: in [0, 1), only with "ema"; default 0.98, a memory of about 50 updates.
         maximize: ascend instead of descend.
-        foreach: use torch's multi-tensor path; False with `fused=None` is torch's loop over single tensors; None lets
-            torch choose where `fused` does not.
-        fused: use torch's fused path. None (with `foreach=None`) means True for float32 and float64 parameters on the
-            CPU whose gradients and buffers are laid out alike and without gaps, where it differs from torch's loop by
-            rounding only and takes two thirds of its time; for others torch chooses. False (with `foreach=None`) is
-            torch's loop, which on a CPU is the default of torch's SGD.
-        kahan: for parameters in bfloat16 or float16, keep the buffer in float32 and, in a state of their dtype, what
-            rounding drops of them, and add it again at the next step; torch's SGD loses steps that are small beside a
-            parameter. None means True unless `fused=True`; False is torch's SGD. Other dtypes need none and get none.
+        foreach: as in torch's SGD.
+        fused: as in torch's SGD.
+        kahan_sum: for bfloat16 and float16 parameters, keep the buffer in float32 and what rounding drops of the
+            parameter in a state of its dtype, and add it at the next step. None means True unless `fused=True`; False
+            is torch's SGD. Other dtypes need none and get none.
 
     Raises:
-        ValueError: a value is out of its range; the message shows it.
+        ValueError: an option is out of its range, or options exclude each other; the message shows the value.
         RuntimeError: at `step()`, for `fused=True` where torch's fused SGD is wrong or fails: with sharded parameters,
-            and on the CPU with lower precision, sparse gradients, gaps in memory or layouts that differ.
+            and on the CPU with low precision, sparse gradients, gaps in memory or layouts that differ.
     """
 
     def __init__(
         self,
         params: Any,
-        lr: Any = 1e-3,
+        lr: float | Tensor = 1e-3,
         low_loss_momentum: float = 0.9,
         high_loss_momentum: float = 0.95,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
+        loss_average: str = "epoch",
+        loss_ema_decay: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        kahan: bool | None = None,
+        kahan_sum: bool | None = None,
     ) -> None:
-        check_at_least_zero("lr", lr)
-        check_at_least_zero("weight_decay", weight_decay)
-        pair = {"low_loss_momentum": low_loss_momentum, "high_loss_momentum": high_loss_momentum}
-        for name, value in pair.items():
-            check_decay(name, value)
-        if nesterov and 0 in pair.values():
-            raise ValueError(f"Invalid nesterov: nesterov=True needs both momenta > 0, got {pair}.")
-        if foreach and fused:
-            raise ValueError("Invalid foreach and fused: foreach=True, fused=True; at most one of the two may be True.")
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=high_loss_momentum,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
+        options = _checked(
+            {
+                "lr": lr,
+                "low_loss_momentum": low_loss_momentum,
+                "high_loss_momentum": high_loss_momentum,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "loss_average": loss_average,
+                "loss_ema_decay": loss_ema_decay,
+                "dampening": 0,
+                "maximize": maximize,
+                "foreach": foreach,
+                "fused": fused,
+                "kahan_sum": kahan_sum,
+            }
         )
+        self._own_defaults = options
+        of_sgd = ("lr", "weight_decay", "nesterov", "maximize", "foreach", "fused")
+        super().__init__(params, momentum=options["momentum"], **{name: options[name] for name in of_sgd})
+        self.defaults.update(options)
         # With fused=True torch's GradScaler would leave the skipping of an overflowed step to the kernel, where nobody
         # can see it and a first momentum buffer stays unwritten. Without this mark the scaler skips the step itself.
         self._step_supports_amp_scaling = False
-        # SGD's constructor knows nothing of the pair, so its groups are completed here and later ones on arrival.
-        self.defaults.update(pair, kahan=kahan)
-        for group in self.param_groups:
-            self._complete(group)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # a state dict of torch.optim.SGD has one momentum and no pair
-            group.setdefault("low_loss_momentum", group["momentum"])
-            group.setdefault("high_loss_momentum", group["momentum"])
-            group.setdefault("kahan", None)
-            for name, value in _RUN.items():
-                group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, which may have a pair of momenta of its own. It starts in the high phase."""
+        """Add a group; its own options are checked as the constructor's are. It starts in the high phase."""
+        if isinstance(param_group, dict):
+            defaults = self.__dict__.get("_own_defaults", self.defaults)
+            if "loss_average" in param_group:
+                defaults = {**defaults, "loss_ema_decay": None}
+            param_group = _checked({**defaults, **param_group})
         super().add_param_group(param_group)
-        if "low_loss_momentum" in self.defaults:
-            self._complete(self.param_groups[-1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, one of torch's SGD too; unlike torch's, it keeps float32 buffers in float32.
+        """Load a state; with Kahan sums, buffers of bfloat16 and float16 parameters stay in float32.
 
         Args:
             state_dict: what `state_dict()` has returned.
 
         Raises:
-            ValueError: it is the state of parameters of other numbers or shapes.
+            ValueError: it is the state of another optimizer, or of parameters of other numbers or shapes.
         """
-        check_shapes(self, state_dict, "momentum_buffer")
-        super().load_state_dict(state_dict)
-        if any(group["kahan"] is not False and not group["fused"] for group in self.param_groups):
-            restore_float32(self, state_dict, ("momentum_buffer",))
+        load_state(self, state_dict, "low_loss_momentum", ("momentum_buffer",), super().load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -183,45 +142,23 @@ class LCAM(SGD):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            low_precision, fused, others = self._split(group)
-            for param in low_precision:
-                self._step_low_precision(param, group)
-            if fused:
-                self._torch_step(fused, group, fused=True)
-            if others:
-                self._torch_step(others, group, fused=group["fused"])
+            params = [q for q in group["params"] if q.grad is not None]
+            if group["fused"]:
+                for param in params:
+                    _check_fused(param, self.state[param].get("momentum_buffer") if param in self.state else None)
+            elif group["kahan_sum"] is not False:
+                low = [q for q in params if q.dtype in LOW_PRECISION]
+                if low:
+                    params = [q for q in params if q.dtype not in LOW_PRECISION]
+                    self._kahan_step(low, group)
+            if params:
+                self._torch_step(params, group)
         return loss
 
-    def _split(self, group: dict[str, Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Deal the parameters with a gradient to our own step, torch's fused one, and torch's other ones."""
-        low_precision: list[Any] = []
-        fused: list[Any] = []
-        others: list[Any] = []
-        may_fuse = group["fused"] or (group["fused"] is None and group["foreach"] is None)
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            if may_fuse and self._walks(param, grad):
-                fused.append(param)
-            elif group["fused"]:
-                _check_fused(param)
-                fused.append(param)
-            elif group["kahan"] is not False and param.dtype in LOW_PRECISION:
-                low_precision.append(param)
-            else:
-                others.append(param)
-        return low_precision, fused, others
-
-    def _walks(self, param: Any, grad: Any) -> bool:
-        """Whether torch's fused SGD on the CPU is right for a parameter: it walks through memory and tests nothing."""
-        buf = self.state[param].get("momentum_buffer") if param in self.state else None
-        return walk_alike(param, grad) if buf is None else walk_alike(param, grad, buf)
-
-    def _torch_step(self, params: list[Any], group: dict[str, Any], fused: bool | None) -> None:
-        """Give some parameters of a group to torch's SGD, by its fused path or the one that it chooses or is told."""
-        mu, grads, foreach = group["momentum"], [param.grad for param in params], None if fused else group["foreach"]
-        states = [self.state[param] for param in params] if mu != 0 else []
+    def _torch_step(self, params: list[Any], group: dict[str, Any]) -> None:
+        """Make the step of torch's SGD."""
+        mu, grads, foreach, fused = group["momentum"], [q.grad for q in params], group["foreach"], group["fused"]
+        states = [self.state[q] for q in params] if mu != 0 else []
         bufs = [state.get("momentum_buffer") for state in states]
         first = [buf is None for buf in bufs]
         if fused and any(first) and not all(first):
@@ -248,36 +185,96 @@ class LCAM(SGD):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
         )
+        if fused:
+            torch.autograd.graph.increment_version(params)  # torch's kernel tells autograd nothing
         if any(first):
             for state, buf in zip(states, bufs, strict=True):
                 state["momentum_buffer"] = buf
 
-    def _step_low_precision(self, param: Any, group: dict[str, Any]) -> None:
-        """SGD's step in float32 for one parameter in bfloat16 or float16."""
-        state, mu = self.state[param], group["momentum"]
-        if "compensation" not in state:
-            state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        theta = exact_value(param, state["compensation"], torch.float32)
-        g = param.grad.to(torch.float32)
-        if group["maximize"]:
-            g = -g
-        if group["weight_decay"] != 0:
-            g = g.add(theta, alpha=group["weight_decay"])
-        if mu != 0:
-            buf = state.get("momentum_buffer")
-            # A buffer of torch's SGD, or of kahan=False, is of the parameter's dtype.
-            buf = torch.clone(g) if buf is None else buf.to(torch.float32).mul_(mu).add_(g)
-            state["momentum_buffer"] = buf
-            g = g.add(buf, alpha=mu) if group["nesterov"] else buf
-        round_into(param, state["compensation"], theta.sub_(g * group["lr"]))
+    def _kahan_step(self, params: list[Any], group: dict[str, Any]) -> None:
+        """SGD's step in float32 for parameters in bfloat16 or float16, in pieces of bounded size."""
+        mu, lr, decay, dampening = group["momentum"], group["lr"], group["weight_decay"], group["dampening"]
+        lr = lr.item() if isinstance(lr, Tensor) else lr
+        rows: dict[tuple[Any, ...], list[Any]] = {}
+        for param in params:
+            state, buf, is_first = self.state[param], None, False
+            if "kahan_comp" not in state:
+                state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            if mu != 0:
+                buf = state.get("momentum_buffer")
+                is_first = buf is None
+                # A buffer of kahan_sum=False is of the parameter's dtype.
+                buf = torch.zeros_like(param, dtype=torch.float32) if is_first else buf.to(torch.float32)
+                state["momentum_buffer"] = buf
+            row = (param, param.grad, state["kahan_comp"], *([] if buf is None else [buf]))
+            rows.setdefault((param.dtype, param.device, type(param), is_first), []).append(row)
+        for (*_, is_first), some in rows.items():
+            for _, pieces in chunk_by_numel(some, None if group["foreach"] is False else PIECE):
+                theta, grads, comps, *bufs = map(list, zip(*pieces, strict=True))
+                values = kahan_value(theta, comps, torch.float32)
+                g = [grad.to(torch.float32) for grad in grads]
+                if group["maximize"]:
+                    torch._foreach_neg_(g)
+                if decay != 0:
+                    torch._foreach_add_(g, values, alpha=decay)
+                for buf in bufs:
+                    torch._foreach_mul_(buf, mu)
+                    torch._foreach_add_(buf, g, alpha=1 if is_first else 1 - dampening)
+                    if group["nesterov"]:
+                        torch._foreach_add_(g, buf, alpha=mu)
+                    else:
+                        g = buf
+                torch._foreach_add_(values, g, alpha=-lr)
+                kahan_round(theta, comps, values)
 
-    def _complete(self, group: dict[str, Any]) -> None:
-        group.setdefault("kahan", self.defaults["kahan"])
-        if group["kahan"] and group["fused"]:
-            raise ValueError("Invalid kahan and fused: kahan=True, fused=True; at most one of the two may be True.")
-        for name in ("low_loss_momentum", "high_loss_momentum"):
-            group.setdefault(name, self.defaults[name])
-            check_decay(name, group[name])
-        for name, value in _RUN.items():
-            group.setdefault(name, value)
-        group["momentum"] = phase_momentum(group, low=False)
+
+def _check_fused(param: Any, buf: Tensor | None) -> None:
+    """Refuse fused=True for a parameter that torch's fused SGD steps wrongly, without an error, or fails at."""
+    if is_sharded(param):
+        raise RuntimeError(
+            "Invalid fused: fused=True with a sharded parameter (DTensor), which torch's fused SGD does not take, "
+            "alone or beside whole ones; allowed: fused=None or False."
+        )
+    if param.device.type != "cpu":
+        return
+    full = param.dtype in (torch.float32, torch.float64)  # with torch 2.13 steps in bfloat16 are off by more than 1
+    grad = param.grad
+    dense = not grad.is_sparse and grad.dtype == param.dtype
+    if not (full and dense and same_dense_layout(param, grad, *([] if buf is None else [buf]))):
+        raise RuntimeError(
+            f"Invalid fused: fused=True with a {param.dtype} parameter of shape {tuple(param.shape)} on the CPU; "
+            "torch's fused SGD is right there for float32 and float64 whose gradient and buffer are dense, laid out alike "
+            "and without gaps in memory; allowed: fused=None or False."
+        )
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Validate the options of a group; return them as plain scalars, with the state of its loss phase."""
+    checked = dict(options)
+    check_at_least_zero("lr", options["lr"])
+    if not isinstance(options["lr"], Tensor):
+        checked["lr"] = as_float("lr", options["lr"])
+    checked["weight_decay"] = check_at_least_zero("weight_decay", options["weight_decay"])
+    for name in _PAIR:
+        checked[name] = check_decay(name, options[name])
+    checked["dampening"] = as_float("dampening", options["dampening"])
+    for name in ("nesterov", "maximize"):
+        check_flag(name, options[name])
+    if options["nesterov"] and not (all(checked[name] for name in _PAIR) and checked["dampening"] == 0):
+        shown = {name: checked[name] for name in (*_PAIR, "dampening")}
+        raise ValueError(f"Invalid nesterov: nesterov=True needs both momenta > 0 and no dampening, got {shown}.")
+    check_choice("loss_average", options["loss_average"], LOSS_AVERAGES)
+    if options["loss_average"] == "ema":
+        decay = options["loss_ema_decay"]
+        checked["loss_ema_decay"] = check_decay("loss_ema_decay", DEFAULT_EMA_DECAY if decay is None else decay)
+    elif options["loss_ema_decay"] is not None:
+        raise ValueError(
+            f"Invalid loss_ema_decay: loss_ema_decay={options['loss_ema_decay']!r} is allowed only with "
+            f"loss_average=ema, got loss_average={options['loss_average']}."
+        )
+    check_paths(options["foreach"], options["fused"], options["kahan_sum"])
+    if options["kahan_sum"] and options["fused"]:
+        raise ValueError("Invalid kahan_sum and fused: kahan_sum=True, fused=True; at most one of the two may be True.")
+    # Here from the beginning: FSDP2 and torch.distributed.checkpoint fill in the entries that they find, and add none.
+    checked.update(loss_count=0, loss_mean=0.0, loss_phase=0, momentum=phase_momentum(checked, low=False))
+    return checked

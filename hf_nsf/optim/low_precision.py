@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters in bfloat16 or float16: states in float32 and updates that do not vanish in rounding.
+"""bfloat16 and float16 parameters: Kahan sums, and float32 states that keep their dtype through loading.
 
-A step of relative size below 2^-9 is lost when a bfloat16 parameter is rounded. What rounding drops is therefore kept
-in a tensor of the parameter's dtype and added again at the next step (Kahan's summation). Stochastic rounding would
-need no such tensor, but it adds noise, and random numbers of its own whose state a resumed run would have to restore.
+A step of relative size below 2^-9 is lost when a bfloat16 parameter is rounded. Kahan summation keeps what rounding
+drops in `kahan_comp`, a state of the parameter's dtype, and adds it at the next step. Stochastic rounding would need no
+state, but its random numbers would have to be restored when a run resumes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -18,34 +19,81 @@ from torch.optim import Optimizer
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def exact_value(param: Tensor, rest: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The parameter in a dtype of higher precision, with what earlier roundings have dropped of it."""
-    value = param.to(dtype)
-    return value if rest is None else value.add_(rest)
+def kahan_value(params: list[Tensor], comps: list[Tensor] | None, dtype: torch.dtype) -> list[Tensor]:
+    """Parameters in a dtype of higher precision, with what earlier roundings dropped."""
+    values = [param.to(dtype) for param in params]
+    if comps is not None:
+        torch._foreach_add_(values, [comp.to(dtype) for comp in comps])
+    return values
 
 
-def round_into(param: Tensor, rest: Tensor | None, value: Tensor) -> None:
-    """Write a value of higher precision to the parameter, and what rounding drops of it to `rest`."""
-    param.copy_(value)
-    if rest is not None:
-        rest.copy_(value - param.to(value.dtype))
+def kahan_round(params: list[Tensor], comps: list[Tensor] | None, values: list[Tensor]) -> None:
+    """Round values of higher precision to the parameters, and keep what rounding drops in `comps`."""
+    torch._foreach_copy_(params, values)
+    if comps is not None:
+        torch._foreach_sub_(values, [param.to(value.dtype) for param, value in zip(params, values, strict=True)])
+        torch._foreach_copy_(comps, values)
 
 
-def restore_float32(optimizer: Optimizer, state_dict: dict[str, Any], names: tuple[str, ...]) -> None:
-    """After `load_state_dict`, which casts states to their parameter's dtype: give these float32 again.
+def saved_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Pairs of a parameter and its entry in a state dict of the same groups."""
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for index, param in zip(saved, params, strict=False):  # torch refuses other numbers of them
+        state = state_dict["state"].get(index)
+        if isinstance(state, dict):
+            yield param, state
+
+
+def load_state(
+    optimizer: Optimizer, state_dict: dict[str, Any], key: str, names: tuple[str, ...], load: Callable[[Any], None]
+) -> None:
+    """Load a state dict of the same kind of optimizer; states of low-precision parameters keep their own dtype.
+
+    The checks see what load_state_dict hooks made of the dict, and post-hooks see the restored dtypes.
 
     Args:
-        optimizer: has just loaded `state_dict`.
-        state_dict: what it has loaded; states may lack an entry, or be missing.
-        names: of the states to restore.
+        optimizer: what loads.
+        state_dict: what to load.
+        key: an option that stands in the groups of this kind of optimizer only.
+        names: states of the shape of their parameter, to be kept in at least float32.
+        load: torch's `load_state_dict`, bound.
+
+    Raises:
+        ValueError: the state is that of another optimizer, or of parameters of other shapes.
     """
-    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    ours = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    for index, param in zip(saved, ours, strict=True):
-        if param.dtype not in LOW_PRECISION:
-            continue
-        for name in names:
-            value = (state_dict["state"].get(index) or {}).get(name)
-            if value is not None:
-                state = optimizer.state[param]
-                state[name] = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
+    seen: dict[str, Any] = {}
+
+    def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        seen.update(state_dict)
+        kind = type(optimizer).__name__
+        if any(key not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                f"Invalid state for {kind}: it was saved by another optimizer, as its groups have no {key}; resume "
+                f"with the optimizer that saved it, or start {kind} anew from the saved weights."
+            )
+        for param, state in saved_states(optimizer, state_dict):
+            for name in names:
+                value = state.get(name)
+                if isinstance(value, Tensor) and value.shape != param.shape:
+                    raise ValueError(
+                        f"Invalid state for {kind}: {name} of shape {tuple(value.shape)} for a parameter of shape "
+                        f"{tuple(param.shape)}; allowed is the state of a model of the same shapes."
+                    )
+
+    def restore(optimizer: Optimizer) -> None:
+        for param, state in saved_states(optimizer, seen):
+            for name in names if param.dtype in LOW_PRECISION else ():
+                if isinstance(state.get(name), Tensor) and state[name].dtype != param.dtype:
+                    value = state[name].detach().to(device=param.device, copy=True)
+                    optimizer.state[param][name] = value
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    ]
+    try:
+        load(state_dict)
+    finally:
+        for hook in hooks:
+            hook.remove()

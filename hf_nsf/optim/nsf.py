@@ -1,177 +1,234 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NSF, natural spectral fusion (arXiv 2509.04713): Adam whose second-moment exponent p is written from outside.
+"""NSF, natural spectral fusion (arXiv 2509.04713): AdamW whose second-moment exponent p cycles with the step.
 
-The update is the authors' second-moment exponential scaling (arXiv 2405.18498). `step_scale="adam"` is layer-wise
-grafting (arXiv 2002.11803): the direction of NSF with the length of Adam's step. A neighbour is Padam
+The update is the authors' second-moment exponential scaling (arXiv 2405.18498). A neighbour is Padam
 (arXiv 1806.06763), with p fixed in (0, 1/2].
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
-from .layouts import walk_alike
-from .low_precision import LOW_PRECISION, exact_value, restore_float32, round_into
-from .nsf_blocked import Scratch, blocked_nsf, filled, is_adam
-from .shards import grad_shards, is_sharded, sum_over_shards, to_local
-from .validation import check_at_least_zero, check_choice, check_decay, check_finite, check_shapes
+from . import nsf_update
+from .checks import as_float, check_at_least_zero, check_choice, check_decay, check_flag, check_paths
+from .dtensor import grad_shards, is_sharded, sum_over_shards, to_local
+from .low_precision import LOW_PRECISION, load_state
+from .nsf_update import P_RANGE, Bucket, Scalars
+from .p_cycle import CYCLE_OPTIONS, check_cycle, p_at, short_period
+from .pieces import PLAIN, same_dense_layout
 
-STEP_SCALES = ("adam", "raw")
-COMPILED_FROM = 10**6  # elements; smaller optimizers are stepped before a compiler has started
-MULTI = 1 << 23  # elements of tensors that take the multi-tensor path together: it makes two copies of them
-# Outside of these exponents d^(1-2p) leaves float32's range at gradients that are no rarity (1e-12, 1e12).
-_TAME_P = (-0.5, 1.0)
-_KNOBS_ADDED_LATER = {
-    "maximize": False,
-    "foreach": None,
-    "fused": None,
-    "kahan": None,
-    "step_scale": "adam",
-    "p": 0.5,
-    "p_cycle_step": None,
-    "processes": 0,
-}
+logger = logging.getLogger(__name__)
+GRAFTINGS = ("adam", "none")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_STATES = ("exp_avg", "exp_avg_sq")
+
+
+class Halves(NamedTuple):
+    """One implementation of the update: the functions of :mod:`hf_nsf.optim.nsf_update`."""
+
+    first_half: Callable[[list[Bucket]], Tensor]
+    second_half: Callable[[list[Bucket], Tensor], None]
+    whole_step: Callable[[list[Bucket]], None]
+
+
+def _torch_adamw(buckets: list[Bucket]) -> None:
+    """Make the step of torch's fused AdamW, for p = 1/2."""
+    for bucket in buckets:
+        s = bucket.scalars
+        adamw(
+            bucket.params,
+            bucket.grads,
+            bucket.exp_avgs,
+            bucket.exp_avg_sqs,
+            [],
+            list(torch.full((len(bucket.params),), s.t - 1, dtype=torch.float32, device="cpu").unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=s.beta1,
+            beta2=s.beta2,
+            lr=s.lr,
+            weight_decay=s.weight_decay,
+            eps=s.eps,
+            maximize=s.maximize,
+        )
+
+
+_EAGER = Halves(nsf_update.first_half, nsf_update.second_half, nsf_update.whole_step)
+_REFERENCE = Halves(*(functools.partial(half, numel=None) for half in _EAGER))
+_TORCH = Halves(nsf_update.first_half, nsf_update.second_half, _torch_adamw)
+
+
+@functools.cache
+def kernels_for(device_type: str) -> Halves | None:
+    """The kernels for a kind of device, or None where there are none."""
+    for name, device_types in (("gpu", ("cuda", "cpu")), ("cpu", ("cpu",))):
+        if device_type in device_types:
+            try:
+                module = importlib.import_module(f"hf_nsf.optim.kernels.{name}")
+                if module.available(*(() if name == "cpu" else (device_type,))):
+                    return Halves(module.first_half, module.second_half, module.whole_step)
+            except ModuleNotFoundError:
+                continue
+            except Exception as error:  # numba that does not fit numpy, for one
+                logger.warning(f"The kernels for {device_type} cannot be used: {error!r}")
+    return None
 
 
 class NSF(Optimizer):
-    r"""Adam with an exponent p in place of the square root, p being any finite number and free to change.
+    r"""AdamW with an exponent p in place of the square root, which cycles with the number of updates.
 
     `m <- b1 m + (1-b1) g`, `v <- b2 v + (1-b2) g^2`, `m_hat = m/(1-b1^t)`, `v_hat = v/(1-b2^t)`; weight decay is
-    decoupled as in AdamW. Then
+    decoupled. Then
 
-    * `step_scale="raw"`, the formula of arXiv 2509.04713: `theta <- theta - eta m_hat / (v_hat^p + eps)`. Its step
-      length changes by orders of magnitude with p.
-    * `step_scale="adam"`, our deviation and the default: with `d = sqrt(v_hat) + eps` and `u = m_hat d^(-2p)`,
-      `theta <- theta - eta s u`, where `s = ||m_hat/d|| / ||u||` over each parameter tensor gives every step the
-      length of Adam's, so that one learning rate serves all p. At p = 1/2 this is AdamW.
+    * `grafting="none"`, the formula of arXiv 2509.04713: `theta <- theta - eta m_hat / (v_hat^p + eps)`. The length of
+      its step changes by orders of magnitude with p, so that each p needs a learning rate of its own.
+    * `grafting="adam"`, our deviation and the default: with `d = sqrt(v_hat) + eps`, `a = m_hat / d` and
+      `u = a d^(1-2p)`, `theta <- theta - eta u ||a|| / ||u||` for each parameter tensor: NSF's direction with the
+      length of Adam's step (layer-wise grafting, arXiv 2002.11803), so that one learning rate serves all p. The authors
+      measure the coupling of p and eta that this removes in arXiv 2609.30271.
 
-    p = 1/2 is Adam (low frequencies), p = 0 SGD with an averaged momentum, p < 0 amplifies high frequencies.
+    p = 1/2 is Adam (low frequencies), p = 0 is SGD with an averaged momentum, p < 0 amplifies high frequencies. p is a
+    function of the number of updates that a parameter has had and of its group's options; see
+    :func:`hf_nsf.p_schedule`. A constant `p` in a group may be rewritten between steps.
 
     Args:
         params: parameters, named parameters or parameter groups (each may set every option below).
-        lr: learning rate eta, a float or a one-element tensor.
+        lr: learning rate eta, a number or a one-element tensor.
         betas: (b1, b2), each in [0, 1).
         eps: added to the denominator, >= 0.
-        weight_decay: decoupled decay, >= 0.
-        p: exponent of the next step; :class:`hf_nsf.PCycle` rewrites `group["p"]`. A float or a one-element tensor.
-        step_scale: "adam" or "raw".
+        weight_decay: decoupled decay lambda, >= 0.
+        p: a constant exponent instead of a cycle.
+        p_min: lowest exponent of the cycle, default 0.25.
+        p_max: highest exponent, default 0.5; training begins there.
+        cycle_steps: period in updates, default 100 if there is no `total_steps`; or
+        cycles: number of cycles over `total_steps`, default 16 (fewer if a period had less than 8 updates).
+        total_steps: number of updates of the whole training. Under the Trainer its callback sets it.
+        cycle_shape: "cosine" (default), "triangular", "sawtooth" or "square".
+        grafting: "adam" or "none".
         maximize: ascend instead of descend.
-        foreach: True for the multi-tensor path, False for the single-tensor one, None for the fastest that is right:
-            the multi-tensor one on accelerators, on the CPU the fused or the blocked one for float32 or float64 (they
-            keep up to 48 MiB of scratch), the single-tensor one elsewhere. Parameters in bfloat16 or float16 always
-            take the single-tensor path, and so do all for p outside [-1/2, 1], where directions need float64; sharded
-            ones (DTensor) a path of their own whose lengths are those of the whole tensors, all of them summed over the
-            processes in one collective a step (and mesh dimension).
-        fused: True for loops over float32 parameters on the CPU that numba compiles at the first step (the extra
-            `fused`; some seconds, after which they are cached); None for these where numba is installed and the
-            parameters have a million elements or more; False for no compiling: the blocked path. At p = 1/2 both are
-            torch's fused AdamW; for p outside [-1/2, 1] ("adam") or [-1/2, 5/2] ("raw") other paths step in.
-        kahan: keep what rounding drops from bfloat16 and float16 parameters, in a state of their dtype, and add it
-            again at the next step. None means True; float32 and float64 parameters need none and get none.
+        foreach: True for eager lists of tensors, False for the reference, one tensor at a time.
+        fused: True for kernels (CPU: numba, the extra `fused`; GPU: Triton), which take float32, bfloat16 and float16
+            parameters for p in [-1/2, 1]; False for none. With `foreach=None` and `fused=None` kernels serve where they
+            can, torch's fused AdamW at p = 1/2 on a CPU, and eager lists elsewhere.
+        kahan_sum: keep what rounding drops from bfloat16 and float16 parameters in a state of their dtype and add it at
+            the next step. None means True; other dtypes need none and get none.
 
-    Moments are kept in at least float32, through `load_state_dict` too.
+    Moments are kept in at least float32, through `load_state_dict` too. The options of a loaded state replace the
+    constructor's, as in torch.
 
     Raises:
-        ValueError: a value is out of its range, or `fused=True` cannot hold; the message shows it.
-        RuntimeError: at `step()`, for sparse gradients, and for `fused=True` with tensors that have gaps in memory.
+        ValueError: an option is out of its range, or options exclude each other; the message shows the value.
+        RuntimeError: at `step()`, for sparse gradients, and for `fused=True` where no kernel can hold.
     """
+
+    _last_p: float | None = None
+    _warned = False
 
     def __init__(
         self,
         params: Any,
-        lr: Any = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        p: Any = 0.5,
-        step_scale: str = "adam",
         *,
+        p: float | None = None,
+        p_min: float | None = None,
+        p_max: float | None = None,
+        cycle_steps: float | None = None,
+        cycles: float | None = None,
+        total_steps: float | None = None,
+        cycle_shape: str | None = None,
+        grafting: str = "adam",
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        kahan: bool | None = None,
+        kahan_sum: bool | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "p": p,
-            "step_scale": step_scale,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "kahan": kahan,
-            # Of hf_nsf.PCycle (None until there is one) and of the Trainer's callback. Here, since what loads a sharded
-            # state (FSDP2, torch.distributed.checkpoint) fills in the entries that it finds and adds none.
-            "p_cycle_step": None,
-            "processes": 0,
-        }
-        _check_group(defaults)
+        defaults = _checked(
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "p": p,
+                "p_min": p_min,
+                "p_max": p_max,
+                "cycle_steps": cycle_steps,
+                "cycles": cycles,
+                "total_steps": total_steps,
+                "cycle_shape": cycle_shape,
+                "grafting": grafting,
+                "maximize": maximize,
+                "foreach": foreach,
+                "fused": fused,
+                "kahan_sum": kahan_sum,
+            }
+        )
         super().__init__(params, defaults)
-        self._forget()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget()
-        for group in self.param_groups:
-            for name, value in _KNOBS_ADDED_LATER.items():
-                group.setdefault(name, value)
-
-    def _forget(self) -> None:
-        """Drop what is kept between steps and is of no copy and no pickle."""
-        self._scratch = Scratch()
-        self._compiled: Any = None
-        self._elements: int | None = None  # of all parameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own options are checked as the constructor's are."""
+        if isinstance(param_group, dict):
+            cycle = {name: param_group[name] for name in CYCLE_OPTIONS if param_group.get(name) is not None}
+            options = {**self.defaults, **param_group}
+            if "p" in cycle:  # the group's own constant, or cycle, replaces the constructor's
+                options.update(dict.fromkeys(CYCLE_OPTIONS), **cycle)
+            elif cycle:
+                options["p"] = None
+                for name, other in (("cycles", "cycle_steps"), ("cycle_steps", "cycles")):
+                    if name in cycle and other not in cycle:
+                        options[other] = None
+            param_group = _checked(options)
         super().add_param_group(param_group)
-        self._elements = None
         group = self.param_groups[-1]
         try:
-            _check_group(group)
             for param in group["params"]:
                 if not param.is_floating_point():
                     raise ValueError(
                         f"Invalid parameter of dtype {param.dtype}: NSF takes real floating-point parameters; "
                         "view complex ones with torch.view_as_real."
                     )
-                if group["fused"] and (param.dtype != torch.float32 or param.device.type != "cpu" or is_sharded(param)):
-                    raise ValueError(
-                        f"Invalid fused: fused=True with a {'sharded ' if is_sharded(param) else ''}{param.dtype} "
-                        f"parameter on {param.device}; allowed is fused=True for whole torch.float32 ones on the CPU, "
-                        "and None or False elsewhere."
-                    )
+                if group["fused"]:
+                    _check_fused(param)
         except ValueError:
             self.param_groups.pop()
             raise
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; unlike torch's, it keeps float32 moments of lower-precision parameters in float32.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for values in self.state.values():
+            if isinstance(values, dict) and "step" in values:
+                step = values["step"]  # a number in old states; on the GPU where a Trainer of several GPUs loads it
+                values["step"] = step.cpu() if isinstance(step, Tensor) else _counter(step)
 
-        A parameter whose entry is empty or lacks a moment or the number of steps starts anew.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; the moments of bfloat16 and float16 parameters stay in float32.
+
+        A parameter whose entry lacks a moment or the number of steps starts anew.
 
         Args:
             state_dict: what `state_dict()` has returned.
 
         Raises:
-            ValueError: it is the state of parameters of other numbers or shapes.
+            ValueError: it is the state of another optimizer, or of parameters of other numbers or shapes.
         """
-        check_shapes(self, state_dict, "exp_avg")
-        super().load_state_dict(state_dict)
-        restore_float32(self, state_dict, ("exp_avg", "exp_avg_sq"))
-        for param, state in list(self.state.items()):
-            if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
-                del self.state[param]
-            elif isinstance(state["step"], Tensor):  # a Trainer of several GPUs loads it to the GPU
-                state["step"] = state["step"].cpu()
+        load_state(self, state_dict, "grafting", _STATES, super().load_state_dict)
+
+    @property
+    def last_p(self) -> float:
+        """Exponent of the last step of the first parameter group; before any, that of the first step."""
+        return p_at(0, self.param_groups[0]) if self._last_p is None else self._last_p
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -187,266 +244,216 @@ class NSF(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sharded: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
-        for group in self.param_groups:
-            single, multi, blocked = self._split(group)
-            # Not self.state[q], which would make an empty state where there is no gradient.
-            sharded += [(q, self.state.get(q, {}), group) for q in group["params"] if is_sharded(q)]
-            lr, p = _item(group["lr"]), _item(group["p"])
-            for bucket in blocked:
-                states = [self.state[q] for q in bucket]
-                if bucket[0].dtype == torch.float32 and not is_adam(group, p) and self._compiles(group, p):
-                    self._compiled.step(bucket, states, group, lr, p)
-                else:
-                    blocked_nsf(bucket, states, group, lr, p, self._scratch)
-            if single:
-                _single_tensor_nsf(single, [self.state[q] for q in single], group)
-            for bucket in multi:
-                _multi_tensor_nsf(bucket, [self.state[q] for q in bucket], group)
+        self._warn_of_short_periods()
+        work, counters, sharded = self._sort()
+        # Only now, when nothing can be refused any more, does anything change.
+        torch._foreach_add_(counters, torch.tensor(1.0, device="cpu"), alpha=1.0)
+        sums: dict[Path, Tensor] = {}
+        for path, buckets in work.items():
+            if path.needs_norms:
+                sums[path] = path.halves.first_half(buckets)
+            else:
+                path.halves.whole_step(buckets)
         if sharded:
-            _sharded_nsf(sharded)
+            _reduce(sharded, work, sums)
+        for path, buckets in work.items():
+            if path.needs_norms:
+                path.halves.second_half(buckets, sums[path])
+            if path.halves not in (_EAGER, _REFERENCE):  # kernels tell autograd nothing
+                torch.autograd.graph.increment_version([param for bucket in buckets for param in bucket.params])
         return loss
 
-    def _compiles(self, group: dict[str, Any], p: float) -> bool:
-        """Whether this group's step goes through the compiled loops; makes them at the first call."""
-        if self._elements is None:
-            self._elements = sum(q.numel() for group in self.param_groups for q in group["params"])
-        if not group["fused"] and (group["fused"] is False or self._elements < COMPILED_FROM):
-            return False
-        loops = compiled_loops()
-        if loops is None or not loops.holds_at(p, group["step_scale"]) or not loops.is_ready(group["step_scale"]):
-            return False
-        if self._compiled is None:
-            self._compiled = loops.CompiledNSF(self._scratch)
-        return True
-
-    def _split(self, group: dict[str, Any]) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]]]:
-        """Create missing states; deal the whole parameters to the paths: single, multi-tensor, blocked."""
-        single: list[Tensor] = []
-        blocked: dict[torch.dtype, list[Tensor]] = {}
-        multi: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
-        tame = group["step_scale"] == "raw" or _TAME_P[0] <= _item(group["p"]) <= _TAME_P[1]
-        may_block = tame and (group["foreach"] is None or bool(group["fused"]))
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            if param.grad.is_sparse:
-                raise RuntimeError("NSF takes no sparse gradients; use torch.nn.Embedding(sparse=False).")
-            state = self.state[param]
-            if not state:
-                moment_dtype = torch.promote_types(param.dtype, torch.float32)
-                # On the CPU, as torch's Adam has it: the bias corrections then need no copy from the device.
-                state["step"] = torch.tensor(0.0, dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
-            low_precision = param.dtype in LOW_PRECISION
-            if low_precision and group["kahan"] is not False and "compensation" not in state:
-                state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            if may_block and walk_alike(param, param.grad, state["exp_avg"], state["exp_avg_sq"]):
-                blocked.setdefault(param.dtype, []).append(param)
-                continue
-            if is_sharded(param):
-                continue
-            if group["fused"] and tame:
-                raise RuntimeError(
-                    f"Invalid fused: fused=True with a parameter of shape {tuple(param.shape)} that has gaps in memory "
-                    "or another size or layout than its gradient or state; allowed: fused=None or False."
+    def _warn_of_short_periods(self) -> None:
+        for group in () if self._warned else self.param_groups:
+            period = short_period(group)
+            if period is not None:
+                warnings.warn(
+                    f"NSF's cycle of p has a period of {period:g} updates; below 4 it can hardly be a cycle. Lower "
+                    "cycles or raise cycle_steps.",
+                    stacklevel=3,
                 )
-            foreach = param.device.type != "cpu" if group["foreach"] is None else group["foreach"]
-            if foreach and tame and not low_precision and type(param) in (Tensor, torch.nn.Parameter):
-                multi.setdefault((param.device, param.dtype, param.grad.dtype), []).append(param)
-            else:
-                single.append(param)
-        lists = [[b[i] for i in some] for b in multi.values() for some in filled([q.numel() for q in b], MULTI)]
-        return single, lists, list(blocked.values())
+        self._warned = True
+
+    def _sort(self) -> tuple[dict[Path, list[Bucket]], list[Tensor], list[Sharded]]:
+        """Deal the parameters to buckets, creating missing states.
+
+        Returns:
+            The buckets of each path, the counters of updates, and for each DTensor whose sums are to be reduced its
+            bucket and row there, if it has a gradient.
+        """
+        groups = self.param_groups
+        if any(q.grad is not None and q.grad.is_sparse for group in groups for q in group["params"]):
+            raise RuntimeError("NSF takes no sparse gradients; use torch.nn.Embedding(sparse=False).")
+        shards = grad_shards([q for group in groups for q in group["params"] if is_sharded(q) and q.grad is not None])
+        found: dict[tuple[Path, int, float], Bucket] = {}
+        counters: list[Tensor] = []
+        sharded: list[Sharded] = []
+        for index, group in enumerate(groups):
+            scalars: dict[float, Scalars] = {}
+            reduces = group["grafting"] == "adam" and _item(group["p"]) != 0.5
+            for q in group["params"]:
+                is_shard = is_sharded(q)
+                if q.grad is None:
+                    if is_shard and reduces:
+                        sharded.append((q, None, 0))
+                    continue
+                state = self._state_of(q, group)
+                counters.append(state["step"])
+                k = state["step"].item()
+                if k not in scalars:
+                    scalars[k] = _scalars(k, group)
+                param, m, v, comp = q, state["exp_avg"], state["exp_avg_sq"], state.get("kahan_comp")
+                grad = next(shards) if is_shard else q.grad
+                if is_shard:
+                    param, m, v, comp = (to_local(tensor) for tensor in (q, m, v, comp))
+                if group["kahan_sum"] is False:
+                    comp = None
+                halves = _halves_for(group, scalars[k], param, grad, m, v, comp)
+                path = Path(halves, param.device, param.dtype, comp is not None, scalars[k].needs_norms)
+                bucket = found.get((path, index, k))
+                if bucket is None:
+                    comps: list[Tensor] | None = None if comp is None else []
+                    bucket = found[path, index, k] = Bucket([], [], [], [], comps, scalars[k])
+                if is_shard and reduces:
+                    sharded.append((q, bucket if path.needs_norms else None, len(bucket.params)))
+                bucket.append(param, grad, m, v, comp)
+            if index == 0 and scalars:
+                self._last_p = next(iter(scalars.values())).p
+        work: dict[Path, list[Bucket]] = {}
+        for (path, _, _), bucket in found.items():
+            work.setdefault(path, []).append(bucket)
+        return work, counters, sharded
+
+    def _state_of(self, param: Any, group: dict[str, Any]) -> dict[str, Any]:
+        state = self.state[param]
+        # Other states may be there: wrappers of optimizers keep their own.
+        if not ("step" in state and "exp_avg" in state and "exp_avg_sq" in state):
+            state["step"] = _counter(0)
+            for name in _STATES:
+                dtype = torch.promote_types(param.dtype, torch.float32)
+                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if param.dtype in LOW_PRECISION and group["kahan_sum"] is not False and "kahan_comp" not in state:
+            state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    check_at_least_zero("lr", group["lr"])
-    try:
-        b1, b2 = group["betas"]
-    except (TypeError, ValueError):
-        raise ValueError(f"Invalid betas: betas={group['betas']!r}, allowed is a pair of numbers in [0, 1).") from None
-    check_decay("betas[0]", b1)
-    check_decay("betas[1]", b2)
-    check_at_least_zero("eps", group["eps"])
-    check_at_least_zero("weight_decay", group["weight_decay"])
-    check_finite("p", group["p"])
-    check_choice("step_scale", group["step_scale"], STEP_SCALES)
-    if group["fused"] and group["foreach"]:
-        raise ValueError("Invalid foreach and fused: foreach=True, fused=True; at most one of the two may be True.")
-    if group["fused"] and compiled_loops() is None:
+class Path(NamedTuple):
+    """What the tensors of one call of the halves have in common."""
+
+    halves: Halves
+    device: torch.device
+    dtype: torch.dtype
+    kahan: bool
+    needs_norms: bool
+
+
+# A DTensor, the bucket of its shard (None if it brings no sums) and its row there.
+Sharded = tuple[Any, Bucket | None, int]
+
+
+def _reduce(sharded: list[Sharded], work: dict[Path, list[Bucket]], sums: dict[Path, Tensor]) -> None:
+    """Sum the squares over the shards of each tensor, in place and in one collective a mesh dimension.
+
+    DTensors without a gradient here bring zeros, so that the collective has one size on all ranks.
+    """
+    rows: dict[int, Tensor] = {}
+    for path, reduced in sums.items():
+        parts = reduced.split([len(bucket.params) for bucket in work[path]])
+        rows.update(zip(map(id, work[path]), parts, strict=True))
+    pairs = []
+    for param, bucket, row in sharded:
+        device = to_local(param).device
+        zero = torch.zeros(2, dtype=torch.float64, device=device)
+        pairs.append(zero if bucket is None else rows[id(bucket)][row])
+    totals = sum_over_shards(pairs, [q.device_mesh for q, _, _ in sharded], [q.placements for q, _, _ in sharded])
+    for pair, total in zip(pairs, totals, strict=True):
+        pair.copy_(total)
+
+
+def _halves_for(group: dict[str, Any], s: Scalars, param: Tensor, grad: Tensor, *states: Tensor | None) -> Halves:
+    """The fastest implementation that is right for a tensor, or the one that the group asks for."""
+    foreach, fused = group["foreach"], group["fused"]
+    if foreach is False and not fused or type(param) not in PLAIN:
+        return _REFERENCE
+    if foreach is None and fused is not False:
+        tensors = [state for state in states if state is not None]
+        if grad.dtype == param.dtype and same_dense_layout(param, grad, *tensors):
+            if s.p == 0.5 and s.eps > 0 and param.is_cpu and param.dtype in (torch.float32, torch.float64):
+                return _TORCH  # with eps = 0 it divides 0 by 0
+            kernels = kernels_for(param.device.type)
+            if kernels and param.dtype in KERNEL_DTYPES and P_RANGE[0] <= s.p <= P_RANGE[1]:
+                return kernels
+        if fused:
+            raise RuntimeError(
+                f"Invalid fused: fused=True with p={s.p} and a {param.dtype} parameter of shape {tuple(param.shape)} "
+                f"on {param.device}; kernels take tensors without gaps in memory, laid out like their gradient and "
+                f"state, for p from {P_RANGE[0]} to {P_RANGE[1]}; allowed here: fused=None or False."
+            )
+    return _EAGER
+
+
+def _check_fused(param: Tensor) -> None:
+    """Refuse fused=True for a parameter that no kernel takes."""
+    if kernels_for(param.device.type) is None:
         raise ValueError(
-            'Invalid fused: fused=True needs numba, which cannot be imported; pip install "hf_nsf[fused]", or allowed: '
-            "fused=None, False."
+            f"Invalid fused: fused=True with a parameter on {param.device} needs kernels, which need numba on a CPU "
+            '(pip install "hf_nsf[fused]") and Triton on a GPU; allowed here: fused=None or False.'
+        )
+    if param.dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            f"Invalid fused: fused=True with a {param.dtype} parameter; allowed is fused=True for float32, bfloat16 "
+            "and float16, and None or False for others."
         )
 
 
-@functools.cache
-def compiled_loops() -> Any:
-    """The module of the compiled loops, or None without numba."""
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Validate the options of a group, and return them as plain scalars."""
+    checked = {**options, **check_cycle({name: options[name] for name in CYCLE_OPTIONS})}
+    check_at_least_zero("lr", options["lr"])
+    if not isinstance(options["lr"], Tensor):
+        checked["lr"] = as_float("lr", options["lr"])
     try:
-        from . import nsf_compiled
-    except Exception:  # none installed, or one that does not fit numpy
-        return None
-    return nsf_compiled
+        b1, b2 = options["betas"]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"Invalid betas: betas={options['betas']!r}, allowed is a pair of numbers in [0, 1)."
+        ) from None
+    checked["betas"] = (check_decay("betas[0]", b1), check_decay("betas[1]", b2))
+    for name in ("eps", "weight_decay"):
+        checked[name] = check_at_least_zero(name, options[name])
+    check_choice("grafting", options["grafting"], GRAFTINGS)
+    check_flag("maximize", options["maximize"])
+    check_paths(options["foreach"], options["fused"], options["kahan_sum"])
+    exponents = [checked[name] for name in ("p", "p_min", "p_max") if checked[name] is not None]
+    if options["fused"] and not all(P_RANGE[0] <= p <= P_RANGE[1] for p in exponents):
+        raise ValueError(
+            f"Invalid fused: fused=True with p={exponents}; kernels take p from {P_RANGE[0]} to {P_RANGE[1]}; allowed "
+            "beyond: fused=None or False."
+        )
+    return checked
 
 
-def _item(value: Any) -> float:
-    return value.item() if isinstance(value, Tensor) else value
-
-
-def _bias_corrections(state: dict[str, Any], b1: float, b2: float) -> tuple[float, float]:
-    t = state["step"].item()
-    return 1 - b1**t, 1 - b2**t
-
-
-def _length_ratio(adam_norm: Tensor, u_norm: Tensor) -> Tensor:
-    """S = ||m_hat / d|| / ||u||, and 1 where u = 0; no number where one of the two is none."""
-    return torch.where(u_norm == 0, torch.ones_like(u_norm), adam_norm / u_norm)
-
-
-def _single_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    """The readable path, one tensor at a time."""
-    for param, state in zip(params, states, strict=True):
-        _update_moments(param.grad, state, group)
-        a, u = _adam_step_and_direction(state, group)
-        if u is not a:
-            u.mul_(_length_ratio(_norm(a), _norm(u)).to(u.dtype))
-        _move(param, u, state, group)
-
-
-def _update_moments(grad: Any, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """`m <- b1 m + (1-b1) g`, `v <- b2 v + (1-b2) g^2`, and one more step."""
-    (b1, b2), m, v = group["betas"], state["exp_avg"], state["exp_avg_sq"]
-    g = grad.to(m.dtype)
-    if group["maximize"]:
-        g = -g
-    state["step"] += 1
-    m.lerp_(g, 1 - b1)
-    v.mul_(b2).addcmul_(g, g, value=1 - b2)
-
-
-def _adam_step_and_direction(state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Adam's step `a = m_hat / d` and NSF's direction `u = m_hat d^(-2p)`, the same tensor where no length is lent."""
-    p, (b1, b2), eps = _item(group["p"]), group["betas"], group["eps"]
-    m, v = state["exp_avg"], state["exp_avg_sq"]
-    c1, c2 = _bias_corrections(state, b1, b2)
-    if group["step_scale"] == "raw":
-        u = m / (v / c2).pow_(p).add_(eps).mul_(c1)
-        return u, u
-    d = (v.sqrt() / c2**0.5).add_(eps)
-    a = _adam_step(m, d, eps).div_(c1)
-    if p == 0.5:
-        return a, a
-    if not _TAME_P[0] <= p <= _TAME_P[1]:
-        d = d.double()
-    return a, a * _weights(d, p)
-
-
-def _adam_step(m: Tensor, d: Tensor, eps: float) -> Tensor:
-    """Return m / d; with eps = 0 it is 0 where d is (no gradient yet, or one whose square underflowed)."""
-    return m / d if eps > 0 else torch.where(d == 0, torch.zeros_like(m), m / d)
-
-
-def _weights(d: Tensor, p: float) -> Tensor:
-    """d^(1-2p), so that u = m d^(-2p) = (m / d) d^(1-2p); bounded, that no inf meets a 0."""
-    bound = torch.finfo(d.dtype).max ** 0.75
-    return d.pow(1 - 2 * p).clamp_(max=bound)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """2-norm in float64, where no square of a float32 overflows or underflows."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64)
-
-
-def _move(param: Tensor, u: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """`theta <- theta - eta (u + lambda theta)`, u being scaled already; what rounding drops is kept, if asked for."""
-    lr, rest = _item(group["lr"]), state.get("compensation")
-    theta = param if param.dtype == u.dtype else exact_value(param, rest, u.dtype)
-    theta.mul_(1 - lr * group["weight_decay"]).sub_(u, alpha=lr)
-    if theta is not param:
-        round_into(param, rest, theta)
-
-
-def _multi_tensor_nsf(params: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    """The same, for lists of plain tensors of one device and one dtype (float32 or float64)."""
-    lr, p, (b1, b2), eps = _item(group["lr"]), _item(group["p"]), group["betas"], group["eps"]
-    dtype = params[0].dtype
-    grads = [param.grad.to(dtype) for param in params]  # type: ignore[union-attr]
-    if group["maximize"]:
-        grads = list(torch._foreach_neg(grads))
-    ms = [state["exp_avg"] for state in states]
-    vs = [state["exp_avg_sq"] for state in states]
-    for state in states:
-        state["step"] += 1
-    corrections = [_bias_corrections(state, b1, b2) for state in states]
-
-    if group["weight_decay"] != 0:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    torch._foreach_lerp_(ms, grads, 1 - b1)
-    torch._foreach_mul_(vs, b2)
-    torch._foreach_addcmul_(vs, grads, grads, 1 - b2)
-
-    if group["step_scale"] == "raw":
-        denominators = torch._foreach_div(vs, [c2 for _, c2 in corrections])
-        torch._foreach_pow_(denominators, p)
-        torch._foreach_add_(denominators, eps)
-        torch._foreach_addcdiv_(params, ms, denominators, [-lr / c1 for c1, _ in corrections])
-        return
-
-    ds = torch._foreach_sqrt(vs)
-    torch._foreach_div_(ds, [c2**0.5 for _, c2 in corrections])
-    torch._foreach_add_(ds, eps)
-    if p == 0.5 and eps > 0:
-        torch._foreach_addcdiv_(params, ms, ds, [-lr / c1 for c1, _ in corrections])
-        return
-    steps = (
-        list(torch._foreach_div(ms, ds)) if eps > 0 else [_adam_step(m, d, eps) for m, d in zip(ms, ds, strict=True)]
+def _scalars(k: float, group: dict[str, Any]) -> Scalars:
+    """The numbers of the step that follows k updates."""
+    b1, b2 = group["betas"]
+    p = p_at(k, group)
+    return Scalars(
+        p=p if abs(p) > 1e-30 else 0.0,  # in float32 it is 0, and a zero to the power of 0 must be 1
+        lr=_item(group["lr"]),
+        beta1=_item(b1),
+        beta2=_item(b2),
+        eps=_item(group["eps"]),
+        weight_decay=_item(group["weight_decay"]),
+        maximize=group["maximize"],
+        grafting=group["grafting"],
+        t=k + 1,
     )
-    if p == 0.5:
-        torch._foreach_mul_(steps, [-lr / c1 for c1, _ in corrections])
-    else:
-        adam_norms = torch.stack(torch._foreach_norm(steps, 2, dtype=torch.float64))
-        torch._foreach_pow_(ds, 1 - 2 * p)
-        torch._foreach_clamp_max_(ds, torch.finfo(dtype).max ** 0.75)
-        torch._foreach_mul_(steps, ds)
-        ratios = _length_ratio(adam_norms, torch.stack(torch._foreach_norm(steps, 2, dtype=torch.float64)))
-        torch._foreach_mul_(steps, list(ratios.to(dtype).unbind()))
-        torch._foreach_mul_(steps, [-lr / c1 for c1, _ in corrections])
-    torch._foreach_add_(params, steps)
 
 
-def _sharded_nsf(work: list[tuple[Any, dict[str, Any], dict[str, Any]]]) -> None:
-    """The same for DTensors: each process moves its shard by a length that is the whole tensor's.
+def _counter(value: float) -> Tensor:
+    # On the CPU, as torch's Adam has it: the bias corrections then need no copy from the device.
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
-    Parameters without a gradient take part in the collective with zeros, so that it has one size on all processes.
-    """
-    # Between the two halves only the sums travel; u is made anew rather than kept, one tensor at a time.
-    locals_ = []
-    grads = grad_shards([param for param, _, _ in work if param.grad is not None])
-    pairs, meshes, placements = [], [], []
-    for param, state, group in work:
-        local = {name: to_local(value) for name, value in state.items()}
-        locals_.append(local)
-        if param.grad is not None:
-            _update_moments(next(grads), local, group)
-        if group["step_scale"] == "raw" or _item(group["p"]) == 0.5:
-            continue
-        zero = torch.zeros(2, dtype=torch.float64, device=to_local(param).device)
-        if param.grad is not None:
-            a, u = _adam_step_and_direction(local, group)
-            zero = torch.stack([_norm(a), _norm(u)]).square_()
-        pairs.append(zero)
-        meshes.append(param.device_mesh)
-        placements.append(param.placements)
-    sums = iter(sum_over_shards(pairs, meshes, placements))
-    for (param, _, group), local in zip(work, locals_, strict=True):
-        lent = group["step_scale"] == "adam" and _item(group["p"]) != 0.5
-        norms = next(sums).sqrt() if lent else None
-        if param.grad is None:
-            continue
-        _, u = _adam_step_and_direction(local, group)
-        if norms is not None:
-            u.mul_(_length_ratio(norms[0], norms[1]).to(u.dtype))
-        _move(to_local(param), u, local, group)
+
+def _item(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value

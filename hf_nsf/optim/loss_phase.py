@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LCAM's decision: is the training loss below or above its running mean (arXiv 2309.02130)?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .checks import as_float
+from .lcam import phase_momentum
+
+
+class LossPhase:
+    """Chooses the momentum of the next update of an :class:`hf_nsf.LCAM` from the loss of the last one.
+
+    `phase_t = low if L_t < A_t else high` (strict), A_t being the mean of the losses of the epoch up to and including
+    L_t; `mu_{t+1}` is that phase's momentum. With `loss_average="ema"`, which is ours, the mean is
+    `A_t = A_{t-1} + (1 - loss_ema_decay) (L_t - A_{t-1})`, `A_1 = L_1`, and runs on through epochs: in a run of one to
+    three epochs, a falling loss is below the mean of its epoch nearly always.
+
+    `loss_average` and `loss_ema_decay` are options of LCAM. All state stands in its parameter groups (`loss_count`,
+    `loss_mean`, `loss_phase`, `momentum`), so the optimizer's state dict holds it.
+
+    Args:
+        optimizer: an LCAM.
+        reduce: average the loss over all ranks before deciding. All must then call `step` equally often.
+
+    Raises:
+        ValueError: the optimizer is no LCAM.
+    """
+
+    def __init__(self, optimizer: Optimizer, reduce: bool = True) -> None:
+        if not all("low_loss_momentum" in group for group in optimizer.param_groups):
+            raise ValueError(f"LossPhase needs an LCAM optimizer, got {type(optimizer).__name__}.")
+        self.optimizer = optimizer
+        self.reduce = reduce
+
+    def start_epoch(self) -> None:
+        """Start the epoch's mean anew; momentum and phase stay, and so does a moving average."""
+        for group in self.optimizer.param_groups:
+            if group["loss_average"] == "epoch":
+                group["loss_count"] = 0
+
+    def restart(self) -> None:
+        """Forget all losses and start in the high phase, as a new training does."""
+        for group in self.optimizer.param_groups:
+            group.update(loss_count=0, loss_mean=0.0, loss_phase=0, momentum=phase_momentum(group, low=False))
+
+    def step(self, loss: float | Tensor, skipped: bool = False) -> None:
+        """Take the loss of the update just made and set the momentum of the next one.
+
+        Args:
+            loss: the update's mean training loss on this rank, a number or a one-element tensor.
+            skipped: the update did not happen (fp16 overflow) or its loss is not comparable: it takes no part. If the
+                loss is averaged over ranks, one that skips is enough for all to take none.
+        """
+        value = _mean_over_ranks(math.nan if skipped else loss) if self.reduce else as_float("loss", loss)
+        if skipped or not math.isfinite(value):
+            return
+        for group in self.optimizer.param_groups:  # looked up each time: accelerate replaces the groups
+            count = group["loss_count"] + 1
+            ema = group["loss_average"] == "ema"
+            # Welford's form of the mean: rounding cannot put the mean of equal losses beside them.
+            share = 1 - group["loss_ema_decay"] if ema and count > 1 else 1 / count
+            previous = group["loss_mean"] if count > 1 else value
+            mean = previous + share * (value - previous)
+            low = value < mean
+            group.update(loss_count=count, loss_mean=mean, loss_phase=int(low), momentum=phase_momentum(group, low))
+
+
+def _mean_over_ranks(loss: float | Tensor) -> float:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return as_float("loss", loss)
+    from accelerate import PartialState
+    from accelerate.utils import reduce
+
+    local = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
+    local = local.to(PartialState().device, torch.float32).reshape(()).clone()
+    world_size = distributed.get_world_size()
+    if PartialState().num_processes == world_size:
+        return reduce(local, "mean").item()
+    # accelerate counts one process where DeepSpeed runs several on a CPU.
+    distributed.all_reduce(local)
+    return local.item() / world_size

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NSF's exponent p as a pure function of the number of updates made (arXiv 2509.04713).
+
+The paper's own range, shape and period of the cycle are not known to us.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .checks import check_choice, check_within
+
+DEFAULT_P_MIN, DEFAULT_P_MAX, DEFAULT_SHAPE = 0.25, 0.5, "cosine"
+DEFAULT_CYCLES, DEFAULT_CYCLE_STEPS = 16, 100
+LARGEST_P, LARGEST_COUNT = 100.0, 1e9
+_LEAST_DEFAULT_PERIOD, _LEAST_PERIOD = 8, 4
+CYCLE_OPTIONS = ("p", "p_min", "p_max", "cycle_steps", "cycles", "total_steps", "cycle_shape")
+
+# Each maps the position phi in [0, 1) within a cycle to the weight of p_max; the rest is p_min's.
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda phi: (1 + math.cos(2 * math.pi * phi)) / 2,
+    "triangular": lambda phi: abs(1 - 2 * phi),
+    "sawtooth": lambda phi: 1 - phi,
+    "square": lambda phi: 1.0 if phi < 0.5 else 0.0,
+}
+CYCLE_SHAPES = tuple(_SHAPES)
+
+
+def check_cycle(options: dict[str, Any]) -> dict[str, Any]:
+    """Validate the options of a cycle and fill in the defaults of range and shape.
+
+    Args:
+        options: maps each of `CYCLE_OPTIONS` to a value or None.
+
+    Returns:
+        The options as plain floats, strings and None. With a constant p, the others are None.
+
+    Raises:
+        ValueError: a value is out of its range, or two options exclude each other.
+    """
+    found = {name: value for name, value in options.items() if value is not None}
+    if "p" in found:
+        for name, value in found.items():
+            if name not in ("p", "total_steps"):
+                raise ValueError(
+                    f"Invalid {name}: {name}={value!r} is not allowed with a constant p={found['p']!r}; give one."
+                )
+        return {**dict.fromkeys(CYCLE_OPTIONS), "p": check_within("p", found["p"], -LARGEST_P, LARGEST_P)}
+    if "cycles" in found and "cycle_steps" in found:
+        raise ValueError(
+            f"Invalid cycles: cycles={found['cycles']!r} is not allowed with cycle_steps={found['cycle_steps']!r}; "
+            "give one of the two."
+        )
+    checked: dict[str, Any] = dict.fromkeys(CYCLE_OPTIONS)
+    for name, default in (("p_min", DEFAULT_P_MIN), ("p_max", DEFAULT_P_MAX)):
+        checked[name] = check_within(name, found.get(name, default), -LARGEST_P, LARGEST_P)
+    if checked["p_min"] > checked["p_max"]:
+        raise ValueError(
+            f"Invalid p_min: p_min={checked['p_min']!r} is above p_max={checked['p_max']!r}; allowed is p_min <= p_max."
+        )
+    for name in ("cycle_steps", "cycles", "total_steps"):
+        if name in found:
+            checked[name] = check_within(name, found[name], 1 / LARGEST_COUNT, LARGEST_COUNT)
+    checked["cycle_shape"] = found.get("cycle_shape", DEFAULT_SHAPE)
+    check_choice("cycle_shape", checked["cycle_shape"], CYCLE_SHAPES)
+    return checked
+
+
+def _steps_and_cycles(options: dict[str, Any]) -> tuple[float, float]:
+    """A number of updates, and how many cycles they hold."""
+    if options["cycle_steps"] is not None:
+        return options["cycle_steps"], 1
+    total, cycles = options["total_steps"], options["cycles"]
+    if cycles is not None:
+        if total is None:
+            raise ValueError(
+                f"Invalid cycles: cycles={cycles!r} needs total_steps, the number of updates of the whole training; "
+                "a Trainer's callback fills it in."
+            )
+        return total, cycles
+    if total is None:
+        return DEFAULT_CYCLE_STEPS, 1
+    return total, max(1, min(DEFAULT_CYCLES, total // _LEAST_DEFAULT_PERIOD))
+
+
+def p_at(k: float, options: dict[str, Any]) -> float:
+    """The exponent of the update that follows `k` updates.
+
+    Args:
+        k: number of updates made.
+        options: as :func:`check_cycle` returns them; a parameter group of :class:`hf_nsf.NSF` is one.
+
+    Raises:
+        ValueError: `cycles` is given without `total_steps`.
+    """
+    if options["p"] is not None:
+        return float(options["p"])
+    steps, cycles = _steps_and_cycles(options)
+    # Not k mod (steps / cycles), whose rounding would put some k at the end of a cycle rather than its beginning.
+    weight = _SHAPES[options["cycle_shape"]](k * cycles % steps / steps)
+    low, high = options["p_min"], options["p_max"]
+    return low + (high - low) * weight
+
+
+def short_period(options: dict[str, Any]) -> float | None:
+    """The period in updates if there is one of less than 4, which can hardly be a cycle; else None."""
+    if options["p"] is not None:
+        return None
+    steps, cycles = _steps_and_cycles(options)
+    return steps / cycles if steps / cycles < _LEAST_PERIOD else None
+
+
+def p_schedule(
+    steps: Iterable[int],
+    p: float | None = None,
+    p_min: float | None = None,
+    p_max: float | None = None,
+    cycle_steps: float | None = None,
+    cycles: float | None = None,
+    total_steps: float | None = None,
+    cycle_shape: str | None = None,
+) -> list[float]:
+    """Preview the schedule of p.
+
+    With P the period in updates and phi = (k mod P) / P: cosine `p_min + (p_max - p_min) (1 + cos 2 pi phi) / 2`;
+    triangular p_max -> p_min -> p_max; sawtooth p_max -> p_min and back at once; square p_max in the first half, p_min
+    in the second.
+
+    Args:
+        steps: numbers k of updates made before.
+        p: a constant exponent instead of a cycle.
+        p_min: lowest exponent, default 0.25.
+        p_max: highest exponent, default 0.5; training begins there.
+        cycle_steps: period in updates, default 100 without `total_steps`; or
+        cycles: number of cycles over `total_steps`, default 16 (fewer if a period had less than 8 updates).
+        total_steps: number of updates of the whole training.
+        cycle_shape: "cosine" (default), "triangular", "sawtooth" or "square".
+
+    Returns:
+        The exponent of each update.
+
+    Raises:
+        ValueError: a value is out of its range, or options exclude each other.
+    """
+    values = (p, p_min, p_max, cycle_steps, cycles, total_steps, cycle_shape)
+    options = check_cycle(dict(zip(CYCLE_OPTIONS, values, strict=True)))
+    return [p_at(k, options) for k in steps]
