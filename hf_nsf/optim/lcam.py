@@ -243,8 +243,8 @@ def _check_fused(param: Any, buf: Tensor | None) -> None:
     if not (full and dense and same_dense_layout(param, grad, *([] if buf is None else [buf]))):
         raise RuntimeError(
             f"Invalid fused: fused=True with a {param.dtype} parameter of shape {tuple(param.shape)} on the CPU; "
-            "torch's fused SGD is right there for float32 and float64 whose gradient and buffer are dense, laid out alike "
-            "and without gaps in memory; allowed: fused=None or False."
+            "torch's fused SGD is right there for float32 and float64 whose gradient and buffer are dense, laid out "
+            "alike and without gaps in memory; allowed: fused=None or False."
         )
 
 
