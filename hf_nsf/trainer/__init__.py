@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door into Hugging Face's Trainer: names, options, and the callback that drives the controllers."""
+"""What lets a Trainer use both optimizers by name: the names, their options, and the callback that hears losses."""
 
-from .callback import SpectralCallback
+from .callback import PhaseCallback
 from .registry import register, unregister
 
-__all__ = ["SpectralCallback", "register", "unregister"]
+__all__ = ["PhaseCallback", "register", "unregister"]

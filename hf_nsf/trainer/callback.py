@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SpectralCallback: turns the Trainer's events and losses into loss phases (LCAM) and p-cycles (NSF)."""
+"""PhaseCallback: what LCAM and NSF need to know of a Trainer's run, and what the run's log should know of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..control import LossPhase, PCycle
-from ..optim import LCAM, NSF
-from .agreement import check_same_length, check_same_options
-from .options import OPTIONS, cycle_arguments, parse_optim_args
+from ..optim import LCAM, NSF, LossPhase
+from .options import OPTIMIZERS, parse_optim_args
 
 logger = logging.get_logger(__name__)
 
@@ -26,24 +23,15 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def _length(batches: Any) -> int | None:
-    """How many there are, or None for a stream."""
-    try:
-        return len(batches)
-    except (TypeError, NotImplementedError):
-        return None
+class PhaseCallback(TrainerCallback):
+    """Hands a Trainer's losses to :class:`hf_nsf.LossPhase` and its number of updates to :class:`hf_nsf.NSF`.
 
+    Every Trainer made after `import hf_nsf` has one; with other optimizers it does nothing. It follows the optimizer
+    that each event carries.
 
-class SpectralCallback(TrainerCallback):
-    """Drives :class:`hf_nsf.LossPhase` or :class:`hf_nsf.PCycle` from a Trainer; does nothing for other optimizers.
-
-    Every Trainer made after `import hf_nsf` has its own, so users need not add one. While `Trainer.train` runs, each
-    value that `training_step` returns is handed to :meth:`observe`; the sum over an update's micro-batches is the loss
-    that the Trainer logs, and the one that LCAM compares. An update of fewer micro-batches than the run's usual number
-    (the last of an epoch) takes part in the decision where that sum is an average. Many models sum rather than average
-    over an accumulation window, so `windows_average`, which the wrapper of `Trainer.train` sets, is asked: once in a
-    run, at the first such update. The answer stands in every parameter group (`loss_windows_average`: 1 yes, 0 no, -1
-    not asked yet).
+    An update's loss is the sum of what `training_step` returned since the last update, which the Trainer logs. Many
+    models sum rather than average over an accumulation window, so only updates with the usual number of micro-batches
+    decide: `gradient_accumulation_steps`, or, while no update of the run has had so many, the most that one had.
 
     Adds to the Trainer's logs the values used in that step: `nsf_p`; `lcam_momentum`, `lcam_loss_phase` (the phase that
     chose it: 1 low, 0 high) and, once there is one, `lcam_loss_mean` (the mean that decided).
@@ -51,132 +39,126 @@ class SpectralCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._optimizer: Any = None
-        self._phase: LossPhase | None = None
-        self._cycle: PCycle | None = None
-        self._losses: list[torch.Tensor] = []
-        self._used: dict[str, float] = {}
-        self._resumed_in_epoch = False
-        self._warned = False
-        self.windows_average: Callable[[], bool | None] | None = None
+        self._begin()
 
-    @property
-    def compares_losses(self) -> bool:
-        """Whether the losses of this run decide anything."""
-        return self._phase is not None
+    def _begin(self) -> None:
+        """Forget the last run."""
+        self._loss: torch.Tensor | None = None
+        self._micro_batches = self._most = self._undecided = 0
+        self._inside_epoch = self._has_mean = False
+        self._written: list[float] | None = None
+        self._last_seen: Any = None
+        self._used: dict[str, float] = {}
+        self._said: set[str] = set()
+
+    @staticmethod
+    def of(trainer: Any) -> PhaseCallback | None:
+        """The one that hears the losses of a Trainer: the last added; None if it has been removed."""
+        callbacks = trainer.callback_handler.callbacks
+        return next((callback for callback in reversed(callbacks) if isinstance(callback, PhaseCallback)), None)
 
     def observe(self, loss: Any) -> None:
-        """Take the loss of one micro-batch, as `Trainer.training_step` returned it."""
-        if self._phase is not None:
-            self._losses.append(loss.detach() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss)))
+        """Take the loss of one micro-batch.
+
+        What the Trainer's own `training_step` returns comes here by itself. A subclass that replaces it without calling
+        it does this: `hf_nsf.PhaseCallback.of(self).observe(loss)`.
+
+        Args:
+            loss: a number or a one-element tensor.
+        """
+        if isinstance(self._optimizer, LCAM):
+            loss = torch.as_tensor(loss).detach()
+            loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # sums in bfloat16 are not what is logged
+            self._loss = loss.clone() if self._loss is None else self._loss + loss
+            self._micro_batches += 1
 
     def on_init_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        """Refuse wrong `optim_args` as soon as the Trainer is made."""
+        """Refuse invalid `optim_args` when the Trainer is made."""
         name = str(getattr(args.optim, "value", args.optim))
-        if name in OPTIONS:
-            parse_optim_args(name, args.optim_args)
+        if name in OPTIMIZERS and not parse_optim_args(name, args.optim_args, args.device):
+            args.optim_args = None  # the Trainer's own parser, which comes before our handlers, fails at blanks
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
-        """Attach to the optimizer; go on from its groups after a resume, begin anew otherwise."""
-        self._optimizer, self._phase, self._cycle = None, None, None
-        self._losses, self._used = [], {}
-        inner = unwrap_optimizer(optimizer)
-        if not isinstance(inner, (LCAM, NSF)):
+    def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):  # type: ignore[no-untyped-def]
+        """Start anew, or restore what a checkpoint does not hold."""
+        self._begin()
+        ours = self._follow(optimizer)
+        if not isinstance(ours, (LCAM, NSF)):
             return
-        name = "lcam" if isinstance(inner, LCAM) else "nsf"
-        options: dict[str, Any] | None = None
-        if args.optim == name and name in OPTIONS:
-            options = parse_optim_args(name, args.optim_args)[1]
-        check_same_options(inner, options or {})
-        # With accumulation the end of an epoch is seen too, as a window that may be shorter.
-        by_epochs = isinstance(inner, LCAM) and (
-            (options or {}).get("loss_average", "epoch") == "epoch" or args.gradient_accumulation_steps > 1
-        )
-        check_same_length(state.max_steps, _length(kwargs.get("train_dataloader")), by_epochs)
-        resumed = state.global_step > 0
-        self._optimizer = inner
-        self._resumed_in_epoch = resumed and not float(state.epoch or 0).is_integer()
-        first = inner.param_groups[0]
-        for group in inner.param_groups:
-            group["processes"] = args.world_size
-        if isinstance(inner, LCAM):
-            if resumed and not first.get("loss_window"):
-                logger.warning(
-                    "The checkpoint has no optimizer state (save_only_model?): LCAM's momentum buffers are lost, and "
-                    "it begins its loss mean anew in the high phase."
-                )
-            self._phase = LossPhase(inner, **(options or {}))
-            if not resumed:
-                self._phase.restart()
-            for group in inner.param_groups:
-                if not resumed or group["loss_window"] > args.gradient_accumulation_steps:
-                    group.update(loss_window=0, loss_windows_average=-1)
-        elif options is not None:  # an NSF made by the user without the string keeps the p that it was given
-            known = resumed and first.get("p_cycle_step") is not None
-            self._cycle = PCycle(inner, **cycle_arguments(options, state.max_steps))
-            if resumed and not known:
-                logger.warning(
-                    "The checkpoint has no optimizer state (save_only_model?): NSF's moments are lost; p goes on from "
-                    "the number of the step."
-                )
-            if not known:
-                self._cycle.move_to(state.global_step)
+        try:
+            batches = len(train_dataloader)
+        except (TypeError, NotImplementedError):  # a stream: one epoch, to the Trainer
+            batches = max(state.max_steps, 1) * args.gradient_accumulation_steps
+        updates = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+        _check_ranks(ours, state.max_steps, updates)
+        self._set_total_steps(ours, state)
+        if state.global_step == 0:
+            if isinstance(ours, LCAM):
+                LossPhase(ours).restart()
+            return
+        # As the Trainer finds its place: the checkpoint's state.epoch may be that of other batches.
+        self._inside_epoch = not args.ignore_data_skip and state.global_step % updates != 0
+        self._most = min(batches, args.gradient_accumulation_steps)
+        self._has_mean = ours.param_groups[0].get("loss_count", 0) > 0
+        if not (ours.state or self._has_mean):
+            self._warn(
+                "The checkpoint has no optimizer state (save_only_model?): "
+                f"{type(ours).__name__} starts anew, its buffers are empty."
+            )
 
-    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        """Begin the mean anew, unless a resumed run is in the middle of its epoch."""
-        if self._phase is not None and not self._resumed_in_epoch:
-            self._phase.start_epoch()
-        self._resumed_in_epoch = False
+    def on_epoch_begin(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+        """Start the epoch's mean anew, unless a resumed run stands inside its epoch."""
+        ours = self._follow(optimizer)
+        if isinstance(ours, LCAM) and not self._inside_epoch:
+            LossPhase(ours).start_epoch()
+        self._inside_epoch = False
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+        """Serve an optimizer, or a parameter group, that is new."""
+        self._set_total_steps(self._follow(optimizer), state, only_missing=True)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
         """Note what this step uses, for the log."""
-        if self._optimizer is None:
+        ours = self._follow(optimizer)
+        if not isinstance(ours, LCAM):
             return
-        first = self._optimizer.param_groups[0]
-        if self._phase is None:
-            self._used = {"nsf_p": float(first["p"])}
-        else:
-            self._used = {"lcam_momentum": float(first["momentum"]), "lcam_loss_phase": first["loss_phase"]}
-            if first["loss_mean"] != 0.0:
-                self._used["lcam_loss_mean"] = first["loss_mean"]
+        group = ours.param_groups[0]
+        self._used = {"lcam_momentum": float(group["momentum"]), "lcam_loss_phase": group["loss_phase"]}
+        if self._has_mean:
+            self._used["lcam_loss_mean"] = group["loss_mean"]
+        if self._written is not None and self._written != [g["momentum"] for g in ours.param_groups[: len(self._written)]]:
+            self._warn(
+                "Something else than LCAM's loss phase writes its momentum, and the last writer wins: OneCycleLR and "
+                "CyclicLR do so unless cycle_momentum=False."
+            )
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
-        """Decide the next update's momentum or p. Runs on every process after each step, skipped ones included."""
-        if self._optimizer is None:
+        """Decide the momentum of the next update. Runs on all ranks after each step, skipped ones included."""
+        ours = self._follow(optimizer)
+        if isinstance(ours, NSF):
+            self._used = {"nsf_p": ours.last_p}
+        if not isinstance(ours, LCAM):
             return
+        loss, micro_batches = self._loss, self._micro_batches
+        self._loss, self._micro_batches = None, 0
         skipped = bool(getattr(optimizer, "step_was_skipped", False))
-        if self._cycle is not None and not skipped:
-            self._cycle.step()
-        if self._phase is None:
+        if loss is None:
+            self._warn_unheard(ours.param_groups[0], skipped)
             return
-        losses, self._losses = self._losses, []
-        if not losses:
-            if not self._warned:
-                logger.warning(
-                    "LCAM saw no training loss, so its momentum stays as it is: this Trainer does not call its "
-                    "training_step. Drive it yourself with hf_nsf.LossPhase, or use another optimizer."
-                )
-                self._warned = True
-            return
-        comparable = self._comparable(len(losses))
-        self._phase.step(torch.stack(losses).sum(), skipped=skipped or not comparable)
+        self._most = max(self._most, micro_batches)
+        whole = micro_batches == min(self._most, args.gradient_accumulation_steps)
+        LossPhase(ours).step(loss, skipped=skipped or not whole)
+        self._has_mean = self._has_mean or ours.param_groups[0]["loss_count"] > 0
+        self._written = [group["momentum"] for group in ours.param_groups]
+        self._undecided = 0 if whole else self._undecided + 1
+        if self._undecided == 10:
+            self._warn(
+                f"LCAM has left out 10 updates in a row: the last had {micro_batches} micro-batches where "
+                f"gradient_accumulation_steps is {args.gradient_accumulation_steps}, so its loss cannot be compared."
+            )
 
-    def _comparable(self, micro_batches: int) -> bool:
-        """Whether the loss of an update of that many micro-batches may be compared with the others."""
-        assert self._phase is not None
-        groups = self._optimizer.param_groups
-        usual = max(micro_batches, groups[0]["loss_window"])
-        for group in groups:
-            group["loss_window"] = usual
-        if micro_batches == usual:
-            return True
-        if groups[0]["loss_windows_average"] < 0:
-            answer = self.windows_average() if self.windows_average is not None else False
-            agreed = self._phase._mean_over_processes(math.nan if answer is None else float(answer))
-            if math.isnan(agreed):
-                return False
-            for group in groups:
-                group["loss_windows_average"] = int(agreed == 1.0)
-        return groups[0]["loss_windows_average"] == 1
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        """Drop losses heard since the update: the Trainer has just dropped their gradients."""
+        self._loss, self._micro_batches = None, 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         """Add the values used to the log of a training loss, before trackers see it."""
@@ -185,3 +167,63 @@ class SpectralCallback(TrainerCallback):
             # The Trainer has already copied `logs` to its history.
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
                 state.log_history[-1].update(self._used)
+
+    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        """Let go of the optimizer, so that its memory can be freed."""
+        self._optimizer = None
+
+    def _follow(self, optimizer: Any) -> Any:
+        """The optimizer of an event; what is known of another one is forgotten."""
+        optimizer = unwrap_optimizer(optimizer)
+        if optimizer is not self._optimizer:
+            self._optimizer, self._written, self._has_mean, self._used = optimizer, None, False, {}
+        return optimizer
+
+    def _set_total_steps(self, optimizer: Any, state: Any, only_missing: bool = False) -> None:
+        for group in optimizer.param_groups if isinstance(optimizer, NSF) else ():
+            if not only_missing or group["total_steps"] is None:
+                group["total_steps"] = max(state.max_steps, 1)  # with max_steps=0 a Trainer makes one update
+
+    def _warn_unheard(self, group: dict[str, Any], skipped: bool) -> None:
+        """Warn if nobody has heard a loss; another PhaseCallback, which the user added, may have."""
+        seen = group["loss_count"], group["loss_mean"]
+        if seen == self._last_seen and not skipped:
+            self._warn(
+                "LCAM hears no training loss, so its momentum stays as it is: this Trainer's training_step does not call "
+                "that of transformers.Trainer. Let it call hf_nsf.PhaseCallback.of(self).observe(loss)."
+            )
+        self._last_seen = seen
+
+    def _warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning(text)
+
+
+def _check_ranks(optimizer: LCAM | NSF, max_steps: int, updates: int) -> None:
+    """Stop all ranks if their optimizers differ: they would drift apart, or wait for each other.
+
+    Raises:
+        ValueError: one sentence, the same on all ranks.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return
+    mine = {"optimizer": type(optimizer).__name__, "number of updates": str(max_steps)}
+    if isinstance(optimizer, LCAM):
+        mine["updates of an epoch"] = str(updates)
+    for index, group in enumerate(optimizer.param_groups):
+        for name in group.keys() - {"params", "param_names"}:
+            value = group[name]
+            mine[f"{name} (group {index})"] = repr(value.item() if isinstance(value, torch.Tensor) else value)
+    # Not through accelerate, which counts one process where DeepSpeed runs several on a CPU.
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, mine)
+    for rank, theirs in enumerate(gathered):
+        for name in sorted(gathered[0].keys() | theirs.keys(), key=lambda name: (name != "optimizer", name)):
+            first, other = gathered[0].get(name), theirs.get(name)
+            if first != other:
+                raise ValueError(
+                    f"The ranks differ in {name}: {first} on rank 0, {other} on rank {rank}; give all the same optim, "
+                    "optim_args and learning rate, and batches of equal number (even_batches=True, or max_steps)."
+                )

@@ -1,133 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`optim_args`: a strict, typed reader of the options of `optim="lcam"` and `optim="nsf"`."""
+"""`optim_args` as keyword arguments of the constructors, whose signatures say which keys and types there are."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..control.loss_phase import LossPhase
-from ..control.p_cycle import DEFAULT_CYCLES, DEFAULT_P_MAX, check_cycle
 from ..optim import LCAM, NSF
+
+OPTIMIZERS: dict[str, Any] = {"lcam": LCAM, "nsf": NSF}
+
+# Arguments of the constructors that are set elsewhere, and where.
+_ELSEWHERE = {
+    "params": "the Trainer passes the model's parameters",
+    "lr": "set learning_rate in TrainingArguments",
+    "betas": "set adam_beta1 and adam_beta2 in TrainingArguments",
+    "eps": "set adam_epsilon in TrainingArguments",
+    "weight_decay": "set weight_decay in TrainingArguments",
+    "maximize": "the Trainer minimizes its loss",
+    "total_steps": "the Trainer sets it to the number of its updates",
+}
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # float() takes 1_0 and other scripts' digits
 
 
 def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
+    if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
         raise ValueError
-    return value
+    return float(text)
 
 
-def _boolean(text: str) -> bool:
+def _flag(text: str) -> bool:
     return {"true": True, "false": False}[text.lower()]
 
 
-def _word(text: str) -> str:
-    return text.lower()
-
-
-_NAMES: dict[Callable[[str], Any], str] = {_number: "a finite number", _boolean: "true or false", _word: "a word"}
-
-# Which reader each option has, and below which of them are the controller's rather than the optimizer's.
-OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
-    "lcam": {
-        "low_loss_momentum": _number,
-        "high_loss_momentum": _number,
-        "loss_average": _word,
-        "loss_ema_decay": _number,
-        "nesterov": _boolean,
-        "foreach": _boolean,
-        "fused": _boolean,
-        "kahan": _boolean,
-    },
-    "nsf": {
-        "p": _number,
-        "p_min": _number,
-        "p_max": _number,
-        "cycles": _number,
-        "cycle_steps": _number,
-        "cycle_shape": _word,
-        "step_scale": _word,
-        "foreach": _boolean,
-        "fused": _boolean,
-        "kahan": _boolean,
-    },
-}
-_OF_THE_CONTROLLER = {
-    "lcam": ("loss_average", "loss_ema_decay"),
-    "nsf": ("p", "p_min", "p_max", "cycles", "cycle_steps", "cycle_shape"),
+# How a value is read, by what the annotation of its argument contains.
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "bool": (_flag, "true or false"),
+    "float": (_number, "a finite number"),
+    "str": (str.lower, "a word"),
 }
 
 
-def parse_optim_args(optim: str, text: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def readers_of(optim: str) -> dict[str, tuple[Callable[[str], Any], str]]:
+    """The options of "lcam" or "nsf": how each is read, and what is allowed in words."""
+    parameters = inspect.signature(OPTIMIZERS[optim]).parameters
+    return {
+        name: next(reader for kind, reader in _READERS.items() if kind in str(parameter.annotation))
+        for name, parameter in parameters.items()
+        if name not in _ELSEWHERE
+    }
+
+
+def parse_optim_args(optim: str, text: str | None, device: Any = "cpu") -> dict[str, Any]:
     """Read and check `optim_args` of one of our optimizers.
 
     Args:
         optim: "lcam" or "nsf".
-        text: "key=value,key=value" or None.
+        text: "key=value,key=value"; None or blanks for no options. A value `None` or `null` is as if absent.
+        device: of the parameters, on which some options depend.
 
     Returns:
-        Keyword arguments of the optimizer, and those of its controller.
+        Keyword arguments of the optimizer.
 
     Raises:
-        ValueError: one sentence that names the key, the value and what is allowed.
+        ValueError: a key or value is not allowed; one sentence shows it and what is.
     """
-    readers = OPTIONS[optim]
-    allowed = ", ".join(readers)
-    options: dict[str, Any] = {}
-    for item in (text or "").split(",") if text and text.strip() else []:
-        key, equals, value = (part.strip() for part in item.partition("="))
+    readers = readers_of(optim)
+    form = f"allowed is key=value,key=value with keys {', '.join(readers)}"
+    if not isinstance(text, str | None):
+        raise ValueError(f"Invalid optim_args: {_shown(text)} is no text; {form}.")
+    found: dict[str, Any] = {}
+    for item in text.split(",") if text and text.strip() else ():
+        key, _, value = (part.strip() for part in item.partition("="))
         if not item.strip():
-            raise ValueError(
-                f"Empty entry in optim_args={text!r}: remove the extra comma; allowed is key=value,key=value."
-            )
-        if not equals or not key or not value:
-            raise ValueError(
-                f"Invalid entry {item.strip()!r} in optim_args={text!r}: allowed is key=value, key one of {allowed}."
-            )
+            raise ValueError(f"Invalid optim_args: there is a comma too many in {_shown(text)!r}; {form}.")
+        if not key or not value:
+            raise ValueError(f"Invalid optim_args: {_shown(item.strip())!r} lacks a key or a value; {form}.")
+        if "=" in value:
+            raise ValueError(f"Invalid optim_args: {_shown(item.strip())!r} has two =, is a comma missing? {form}.")
+        if key in _ELSEWHERE and key in inspect.signature(OPTIMIZERS[optim]).parameters:
+            raise ValueError(f"Invalid optim_args: {key}={_shown(value)} cannot be given here: {_ELSEWHERE[key]}.")
         if key not in readers:
             near = difflib.get_close_matches(key, readers, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"Unknown option {key!r} of optim={optim} (value {value!r}): did you mean {near!r}? Allowed: {allowed}."
+                f"Invalid optim_args: optim={optim} has no option {_shown(key)!r} (value {_shown(value)}), did you mean "
+                f"{near!r}? {form}."
             )
-        if key in options:
-            raise ValueError(
-                f"Repeated option {key!r} in optim_args={text!r}: {key}={value} comes a second time, allowed is once."
-            )
+        if key in found:
+            raise ValueError(f"Invalid optim_args: {key} is given twice, the second time as {key}={_shown(value)}.")
+        read, allowed = readers[key]
         try:
-            options[key] = readers[key](value)
-        except (ValueError, KeyError):
-            raise ValueError(f"Invalid {key}: {key}={value}, allowed is {_NAMES[readers[key]]}.") from None
-    _check(optim, options)
-    ours = _OF_THE_CONTROLLER[optim]
-    return {k: v for k, v in options.items() if k not in ours}, {k: v for k, v in options.items() if k in ours}
-
-
-def _check(optim: str, options: dict[str, Any]) -> None:
-    """Let the constructors judge, on one parameter that nobody keeps."""
-    of_controller = {name: options[name] for name in _OF_THE_CONTROLLER[optim] if name in options}
-    of_optimizer = {name: value for name, value in options.items() if name not in of_controller}
-    probe = [torch.zeros(1, requires_grad=True)]
-    if optim == "lcam":
-        LossPhase(LCAM(probe, **of_optimizer), **of_controller)
-    else:
-        NSF(probe, **of_optimizer)
-        check_cycle(**{name: options.get(name) for name in _OF_THE_CONTROLLER["nsf"]})
-
-
-def cycle_arguments(options: dict[str, Any], total_steps: int) -> dict[str, Any]:
-    """Arguments of :class:`hf_nsf.PCycle` for the options given, with the Trainer's defaults (16 narrow cycles)."""
-    arguments = dict(options)
-    if "p" not in arguments and "cycle_steps" not in arguments:
-        arguments.setdefault("cycles", DEFAULT_CYCLES)
-        arguments["total_steps"] = total_steps
-    return arguments
-
-
-def first_p(options: dict[str, Any]) -> float:
-    """The exponent of the first update: a cycle begins at its upper end."""
-    return options.get("p", options.get("p_max", DEFAULT_P_MAX))
+            found[key] = None if value.lower() in ("none", "null") else read(value)
+        except (KeyError, ValueError):
+            raise ValueError(f"Invalid {key}: {key}={_shown(value)}, allowed is {allowed}.") from None
+    options = {key: value for key, value in found.items() if value is not None}
+    # The constructor judges ranges and combinations, on a parameter that nobody keeps.
+    OPTIMIZERS[optim]([torch.zeros(1, device=device, requires_grad=True)], **options)
+    return options

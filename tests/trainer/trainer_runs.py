@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny Trainer runs that write down what happened, and LCAM's rule applied to it by a loop of the tests' own."""
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+LOW, HIGH = 0.8, 0.9
+OPTIMIZERS = {
+    "lcam": {"optim": "lcam", "optim_args": f"low_loss_momentum={LOW},high_loss_momentum={HIGH}", "learning_rate": 0.1},
+    "nsf": {"optim": "nsf", "optim_args": "p_min=-0.25,p_max=0.5,cycles=2", "learning_rate": 1e-2},
+    "adamw": {"optim": "adamw_torch", "learning_rate": 1e-2},
+}
+
+
+def make_rows(size=44, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 6, generator=generator)
+    labels = ((x[:, 0] + torch.randn(size, generator=generator)) > 0).long()
+    return [{"x": a, "labels": b} for a, b in zip(x, labels, strict=True)]
+
+
+class Rows(Dataset):
+    """Rows with a noisy label: 11 batches of 4."""
+
+    def __init__(self, size=44):
+        self.rows = make_rows(size)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class Stream(IterableDataset):
+    """A stream that passes over its rows, `passes` times a pass of the Trainer's."""
+
+    def __init__(self, size=44, passes=1):
+        self.rows, self.passes = make_rows(size), passes
+
+    def __iter__(self):
+        for _ in range(self.passes):
+            yield from self.rows
+
+
+class WrongLength(Stream):
+    """A stream that says a number of rows that is not its own."""
+
+    def __init__(self, said, size=44):
+        super().__init__(size)
+        self.said = said
+
+    def __len__(self):
+        return self.said
+
+
+class Averages(nn.Module):
+    """A network whose loss the Trainer averages over an accumulation window."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 2))
+
+    def forward(self, x, labels=None):
+        logits = self.layers(x.to(self.layers[0].weight.dtype))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Sums(Averages):
+    """Takes the number of items and ignores it, as many models do: the loss is summed over a window."""
+
+    def forward(self, x, labels=None, **kwargs):
+        return super().forward(x, labels)
+
+
+class Counts(Averages):
+    """Divides by the number of items of the window, as causal language models do."""
+
+    def forward(self, x, labels=None, num_items_in_batch=None, **kwargs):
+        outputs = super().forward(x, labels)
+        if num_items_in_batch is not None:
+            outputs["loss"] = outputs["loss"] * len(labels) / num_items_in_batch
+        return outputs
+
+
+class Watch(TrainerCallback):
+    """Writes what the optimizer is told and does into `trainer.events`."""
+
+    def __init__(self):
+        self.trainer = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.events = []
+        if state.global_step:
+            self.trainer.events.append(("resumed", state.global_step))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.events.append(("epoch", None))
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        momentum = optimizer.optimizer.param_groups[0].get("momentum")
+        self.trainer.events.append(("update", (momentum, args.gradient_accumulation_steps)))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.events.append(("zero_grad", None))
+
+
+class Watched(Trainer):
+    """A Trainer whose `events` are the losses of micro-batches, the beginnings of epochs, and the updates."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        watch = Watch()
+        watch.trainer = self
+        self.add_callback(watch)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.events.append(("loss", loss))
+        return loss
+
+
+def arguments(folder, optimizer="lcam", **changes):
+    values = {
+        "output_dir": str(folder), "num_train_epochs": 3, "per_device_train_batch_size": 4, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 5,
+        "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "dataloader_pin_memory": False,
+        **OPTIMIZERS[optimizer],
+    }  # fmt: skip
+    return TrainingArguments(**{**values, **changes})
+
+
+def make_trainer(folder, optimizer="lcam", model=Averages, data=None, cls=Watched, dropout=0.0, extra=None, **changes):
+    set_seed(3)
+    data = Rows() if data is None else data
+    args = arguments(folder, optimizer, **changes)
+    return cls(model=model(dropout), args=args, train_dataset=data, **(extra or {}))
+
+
+def windows(events):
+    """The number of micro-batches of each update."""
+    found, count = [], 0
+    for kind, _ in events:
+        count += kind == "loss"
+        if kind == "update":
+            found.append(count)
+        if kind in ("update", "zero_grad"):
+            count = 0
+    return found
+
+
+def used(events):
+    """The momentum of each update."""
+    return [value[0] for kind, value in events if kind == "update"]
+
+
+def by_the_rule(events, inside_epoch=False, momentum=HIGH, mean=(0.0, 0), most=0, decay=None):
+    """The momentum of each update by METHOD's rule, and the final (momentum, mean, most) to go on from.
+
+    An update decides if it has as many micro-batches as gradient_accumulation_steps, or, where none had so many yet, as
+    the most that one had. `mean` is the sum and number of an epoch's losses; `decay` is that of a moving average.
+    """
+    found, window, (total, count) = [], [], mean
+    for kind, value in events:
+        if kind == "epoch" and not inside_epoch and decay is None:
+            total, count = 0.0, 0
+        inside_epoch = inside_epoch and kind != "epoch"
+        if kind == "loss":
+            window.append(value.float())
+        if kind == "update":
+            found.append(momentum)
+            most = max(most, len(window))
+            if len(window) == min(most, value[1]):
+                loss = sum(window).item()
+                count += 1
+                if decay is None:
+                    total += loss
+                    mean = total / count
+                else:
+                    mean = total = loss if count == 1 else decay * total + (1 - decay) * loss
+                momentum = LOW if loss < mean else HIGH
+        if kind in ("update", "zero_grad"):
+            window = []
+    return found, (momentum, (total, count), most)
+
+
+def check_rule(trainer, **state):
+    """Every update of a run had the momentum that the rule gives, and both momenta occurred."""
+    expected, _ = by_the_rule(trainer.events, **state)
+    assert used(trainer.events) == expected
+    assert set(expected) == {LOW, HIGH}
+
+
+def train_logs(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
