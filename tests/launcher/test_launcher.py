@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m hf_nsf` and what it hands on to child processes; scripts and tools here know nothing of hf_nsf."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hf_nsf import __main__ as launcher
+from hf_nsf import p_schedule
+
+HERE = Path(__file__).parent
+SITE = str(Path(launcher.__file__).with_name("_site"))
+SCRIPT = str(HERE / "stock_script.py")
+NSF = ["--optim", "nsf", "--optim_args", "p_min=-0.25,cycles=2", "--learning_rate", "0.01"]
+LCAM = ["--optim", "lcam", "--optim_args", "high_loss_momentum=0.8", "--learning_rate", "0.05"]
+SETTINGS = [
+    "--output_dir", "out", "--use_cpu", "--num_train_epochs", "1", "--per_device_train_batch_size", "4",
+    "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True",
+]  # fmt: skip
+
+
+def run(*command, cwd, status=0, **environment):
+    """Run a Python command in a folder of the test's own; its result, with output and errors apart."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, timeout=250, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert result.returncode == status, result.stdout + result.stderr
+    return result
+
+
+def check_log(folder, optimizer):
+    """The run used our optimizer with the options given, in all its 8 updates."""
+    logs = [e for e in json.loads(Path(folder, "trainer_state.json").read_text())["log_history"] if "loss" in e]
+    assert len(logs) == 8
+    if optimizer == "nsf":
+        expected = p_schedule(range(8), p_min=-0.25, p_max=0.5, cycles=2, total_steps=8)
+        assert [entry["nsf_p"] for entry in logs] == pytest.approx(expected, abs=1e-12)
+    else:
+        assert {entry["lcam_momentum"] for entry in logs} == {0.8, 0.9}
+
+
+PROBE = """
+import json, os, pickle, sys
+class Own: pass
+names = {name: repr(value) for name, value in globals().items() if name not in ("__loader__", "__builtins__", "Own")}
+own = type(pickle.loads(pickle.dumps(Own()))) is sys.modules["__main__"].Own
+print(json.dumps([sys.argv, sys.path, names, own, sys.flags.optimize, sys.stdin.read(), os.environ.get("GIVEN")]))
+if "fail" in sys.argv:
+    1 / 0
+"""
+
+
+def test_a_script_runs_as_python_runs_it(tmp_path):
+    """With options of Python's own, a PYTHONPATH and a failure, all is the same to the last line of the traceback."""
+    Path(tmp_path, "there").mkdir()
+    Path(tmp_path, "there", "probe.py").write_text(PROBE)
+    found = []
+    for through in ([], ["-m", "hf_nsf"]):
+        command = ["-O", "-u", *through, "there/probe.py", "fail", "-m", "--help"]
+        result = run(*command, cwd=tmp_path, status=1, PYTHONPATH=f"{tmp_path}{os.pathsep}", GIVEN="one")
+        found.append((result.stdout, result.stderr[result.stderr.find("Traceback") :]))
+    assert found[0] == found[1]
+    assert '"one"' in found[0][0] and "ZeroDivisionError" in found[0][1]
+
+
+def test_commands(monkeypatch, tmp_path):
+    """What replaces the process, with Python's own options, and its PYTHONPATH."""
+    with zipfile.ZipFile(tmp_path / "tool.zip", "w") as archive:
+        archive.writestr("__main__.py", PROBE)
+    Path(tmp_path, "__main__.py").write_text(PROBE)
+    folder, zipped = str(tmp_path), str(tmp_path / "tool.zip")
+    seen = []
+    monkeypatch.setattr(os, "execve", lambda path, command, environment: seen.append((path, command, environment)))
+    for start, arguments, expected in [
+        (["-m", "hf_nsf"], ["-m", "tool", "-m", "x"], [sys.executable, "-m", "tool", "-m", "x"]),
+        (["-mhf_nsf"], [folder], [sys.executable, folder]),
+        (["-X", "dev", "-um", "hf_nsf"], [zipped], [sys.executable, "-X", "dev", "-u", zipped]),
+        (["hf_nsf/__main__.py"], [SCRIPT, "-h"], [sys.executable, SCRIPT, "-h"]),
+        (["-m", "hf_nsf"], ["sh", "x.sh"], [shutil.which("sh"), "x.sh"]),
+    ]:
+        monkeypatch.setattr(sys, "orig_argv", ["python", *start, *arguments])
+        both = os.pathsep.join([SITE, "a"])
+        for given, path in [("", SITE), ("a", both), (both, both)]:
+            monkeypatch.setenv("PYTHONPATH", given)
+            launcher.main(arguments)
+            program, command, environment = seen.pop()
+            assert command == expected and program == expected[0] and environment["PYTHONPATH"] == path
+
+
+def test_what_cannot_run_gets_a_sentence(monkeypatch, capsys):
+    assert launcher.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("torchrun", "accelerate launch", "trl sft")) and len(text.splitlines()) < 12
+    for arguments in ([], ["-m"]):
+        assert launcher.main(arguments) == 2 and capsys.readouterr().err == text
+    assert launcher.main(["nowhere.py", "--optim", "nsf"]) == 2
+    assert capsys.readouterr().err == "python -m hf_nsf: there is no script and no command nowhere.py.\n"
+    assert launcher.main(["--optim", "nsf"]) == 2
+    assert capsys.readouterr().err == "python -m hf_nsf: there is no option --optim; the script comes first.\n"
+    monkeypatch.setattr(sys, "flags", types.SimpleNamespace(ignore_environment=1, no_site=0))
+    assert launcher.main([SCRIPT]) == 2 and "-E, -I and -S" in capsys.readouterr().err
+
+
+# Small packages of these names: what imports what, and in which order, is as in the real ones.
+PACKAGES = {
+    "transformers/__init__.py": "",
+    "transformers/training_args.py": "print('arguments')",
+    "transformers/trainer_callback.py": "from . import training_args; print('callback'); TrainerCallback = 1",
+    "transformers/trainer.py": "from .trainer_callback import TrainerCallback; import needed; print('trainer')",
+    "hf_nsf/__init__.py": "import transformers.trainer; print('hf_nsf')",
+    "needed.py": "",
+}
+BOTH = "import transformers.training_args, transformers.trainer"
+ALL = "arguments callback trainer hf_nsf"
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "changes", "error"),
+    [
+        ("import transformers, json; print('no trainer')", "no trainer", {}, ""),
+        ("import transformers.training_args; print('parser')", f"{ALL} parser", {}, ""),
+        ("import transformers.trainer_callback; print('parser')", f"{ALL} parser", {}, ""),
+        ("import transformers.trainer; print('parser')", f"{ALL} parser", {}, ""),
+        ("import hf_nsf; print('parser')", f"{ALL} parser", {}, ""),
+        # A package that the Trainer needs asks for the Trainer's arguments while it is half executed itself.
+        ("import needed, transformers.trainer; print('parser')", f"{ALL} parser",
+         {"needed.py": "from transformers import training_args; name = 1",
+          "transformers/trainer.py": "from . import trainer_callback; from needed import name; print('trainer')"}, ""),
+        # An environment without hf_nsf, or where it does not work.
+        (BOTH, "arguments callback trainer", {"hf_nsf/__init__.py": "raise ImportError('no hf_nsf', name='hf_nsf')"},
+         "hf_nsf is not registered in this process: no hf_nsf\n"),
+        (BOTH, "arguments callback trainer", {"hf_nsf/__init__.py": "1 / 0"},
+         "hf_nsf is not registered in this process: division by zero\n"),
+        # Another sitecustomize: it runs, under its name, and its failures are Python's to tell.
+        ("import sitecustomize, transformers.trainer; print(sitecustomize.own)", f"user {ALL} 1",
+         {"sitecustomize.py": "print('user'); own = 1"}, ""),
+        ("import transformers.trainer", f"user {ALL}", {"sitecustomize.py": "print('user'); import nowhere"},
+         "Error in sitecustomize"),
+    ],
+)  # fmt: skip
+def test_when_and_how_a_process_registers(code, printed, changes, error, tmp_path):
+    """Once, before any parser can be made; the process goes on, and its sys.path is the one without hf_nsf."""
+    for name, text in {**PACKAGES, **changes}.items():
+        Path(tmp_path, name).parent.mkdir(exist_ok=True)
+        Path(tmp_path, name).write_text(text)
+    code += f"\nimport sys; assert {SITE!r} not in sys.path and {str(tmp_path)!r} in sys.path"
+    result = run("-c", code, cwd="/", PYTHONPATH=f"{SITE}{os.pathsep}{tmp_path}")
+    assert result.stdout.split() == printed.split()
+    assert error in result.stderr and bool(error) == bool(result.stderr)
+
+
+def test_a_training_script_with_nsf_and_workers_by_spawn(tmp_path):
+    """What the script sets before its imports counts, its parser knows the name, and its status comes back."""
+    command = ["-m", "hf_nsf", SCRIPT, *SETTINGS, *NSF, "--dataloader_num_workers", "1", "--exit_status", "7"]
+    run(*command, cwd=tmp_path, status=7)
+    check_log(tmp_path / "out", "nsf")
+
+
+def test_a_tool_that_trains_in_a_child_process_with_lcam(tmp_path):
+    run("-m", "hf_nsf", "-m", "stock_tool", "-u", SCRIPT, *SETTINGS, *LCAM, cwd=tmp_path, PYTHONPATH=str(HERE))
+    check_log(tmp_path / "out", "lcam")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["torchrun", "accelerate"])
+def test_two_processes(launch, tmp_path):
+    """Both launchers' processes know the names, and one that fails is theirs to report."""
+    commands = {
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731"],
+        "accelerate": [
+            "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29732"
+        ],
+    }  # fmt: skip
+    for optimizer, options in (("nsf", NSF), ("lcam", LCAM)):
+        settings = [*SETTINGS, "--ddp_backend", "gloo", "--rows", "64", *options]
+        run(*commands[launch], "-m", "hf_nsf", SCRIPT, *settings, cwd=tmp_path, ACCELERATE_USE_CPU="true")
+        check_log(tmp_path / "out", optimizer)
+
+
+@pytest.mark.ecosystem
+def test_the_trl_command(tmp_path):
+    """`trl sft`: it starts `accelerate launch`, which starts the training; a tiny Llama counts in words."""
+    pytest.importorskip("trl")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", *"one two three four five six seven eight".split()]
+    vocabulary = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special).save_pretrained(tmp_path / "model")
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    Path(tmp_path, "data").mkdir()
+    texts = [" ".join(words[3 + start : 7 + start]) for start in range(4)] * 8
+    Path(tmp_path, "data", "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    for optimizer, options in (("nsf", NSF), ("lcam", LCAM)):
+        command = ["trl", "sft", "--model_name_or_path", "model", "--dataset_name", "data", *SETTINGS, *options]
+        run(
+            "-m", "hf_nsf", *command, "--save_strategy", "epoch", cwd=tmp_path,
+            HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"), ACCELERATE_USE_CPU="true",
+        )  # fmt: skip
+        check_log(tmp_path / "out" / "checkpoint-8", optimizer)
