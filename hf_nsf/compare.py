@@ -34,14 +34,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-PROTOCOL = """\
+SEARCH = """\
 1. Learning rate: every optimizer is tried at the same number of rates ({learning_rates}), each {factor:g} times the one
    before, around a start of its own kind ({sgd_lr:g} for sgd and lcam, {adam_lr:g} for all others, or --start_lr). As
    long as any optimizer's best rate is the first or last of its grid, every grid grows by one rate at its better end,
    up to {max_learning_rates} rates. Best is the best mean of the final {metric}, {direction} being better, over
    {search_seeds} seed(s) that are not used again.
+"""
+NO_SEARCH = """\
+1. Learning rate: one for each optimizer, {sgd_lr:g} for sgd and lcam and {adam_lr:g} for all others, or --start_lr.
+"""
+PROTOCOL = """\
 2. Result: every optimizer at its best rate with the same {seeds} seed(s). Mean and standard error over the seeds;
    differences to the first optimizer are taken seed by seed. Runs that failed or diverged (a loss or {metric} that is
    not finite at the end) are counted, and left out of means and differences.
@@ -129,16 +134,14 @@ class Comparison:
         (folder / "pid").unlink()
         states = [path for path in (state, folder / "output" / state.name) if path.exists()]
         metrics = folder / "output" / "all_results.json"
-        result = {
-            "seconds": time.time() - started,
-            "log_history": _read(states[0])["log_history"] if states else [],
-            "all_results": _read(metrics) if metrics.exists() else {},
-        }
+        result: dict[str, Any] = {"seconds": time.time() - started}
         if code:
             result["failed"] = f"exit code {code}"
-        elif not (result["log_history"] or result["all_results"]):
+        elif not states and not metrics.exists():
             result["failed"] = "neither a trainer_state.json nor an all_results.json"
         else:
+            result["log_history"] = _read(states[0])["log_history"] if states else []
+            result["all_results"] = _read(metrics) if metrics.exists() else {}
             _write(folder / "result.json", json.dumps(result))
         self.results[run] = result
 
@@ -247,11 +250,12 @@ class Comparison:
 
     def cost(self, run: Run, target: float) -> tuple[int, float] | None:
         """Updates and seconds (nan if unknown) until a run reached the target; None if it did not."""
-        history, metric, end = self.results[run]["log_history"], self.options.metric, self.value(run)
+        metric, end = self.options.metric, self.value(run)
+        history = self.results[run]["log_history"] if math.isfinite(end) else []
         steps = history[-1]["step"] if history else 0
         runtimes = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
         evaluations = [(entry["step"], entry[metric]) for entry in history if metric in entry]
-        for step, reached in [*evaluations, (steps, end)] if steps and math.isfinite(end) else []:
+        for step, reached in [*evaluations, (steps, end)] if steps else []:
             if reached <= target if self.options.lower_is_better else reached >= target:
                 return step, runtimes[-1] * step / steps if runtimes else math.nan
         return None
@@ -348,7 +352,8 @@ def _end_left_behind(folder: Path) -> None:
 
 def _protocol(options: argparse.Namespace) -> str:
     direction = "lower" if options.lower_is_better else "higher"
-    return PROTOCOL.format(**{**vars(options), "direction": direction})
+    text = (SEARCH if options.learning_rates > 1 else NO_SEARCH) + PROTOCOL
+    return text.format(**{**vars(options), "direction": direction})
 
 
 def _figure(value: float | None, error: float | None = None, form: str = ".4g") -> str:
@@ -357,7 +362,7 @@ def _figure(value: float | None, error: float | None = None, form: str = ".4g") 
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as a Markdown table."""
+    """The summary as a table in Markdown."""
     rows, metric = summary["optimizers"], summary["metric"]
     first = rows[0]["optim"]
     lines = [["optimizer", "learning rate", metric, f"difference to {first}", "updates to target", "seconds to target"]]
@@ -373,20 +378,22 @@ def table(summary: dict[str, Any]) -> str:
     return f"{text}\n\nTarget: {metric} {_figure(summary['target'])}, the final mean of `{first}`.\n"
 
 
-def _above_0(text: str) -> float:
+def _positive(text: str) -> float:
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return float(text)
 
 
 def _count(text: str) -> int:
-    _above_0(text)
+    _positive(text)
     return int(text)
 
 
 def _named_rate(text: str) -> tuple[str, float]:
     name, _, rate = text.rpartition("=")  # the name may hold one itself: nsf:p_min=0=1e-4
-    return name, _above_0(rate)
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text} is not of the form OPTIMIZER=RATE")
+    return name, _positive(rate)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -402,15 +409,15 @@ def parser() -> argparse.ArgumentParser:
     add("--output_dir", required=True, help="for the runs, comparison.json, comparison.md and comparison.png")
     add("--optims", required=True, nargs="+", help='values of --optim, with --optim_args after a colon: "nsf:p_min=0"')
     add("--metric", default="eval_loss", help="as in the script's logs (%(default)s)")
-    add("--lower_is_better", action=argparse.BooleanOptionalAction, help="default: if the metric's name ends in loss")
-    add("--higher_is_better", dest="lower_is_better", action="store_false", default=None)
+    add("--lower_is_better", action="store_true", default=None, help="default if the metric's name ends in loss")
+    add("--higher_is_better", dest="lower_is_better", action="store_false", help="default if it does not")
     add("--seeds", type=_count, default=5, help="of the result (%(default)s)")
     add("--search_seeds", type=_count, default=1, help="of the search for a learning rate (%(default)s)")
     add("--learning_rates", type=_count, default=3, help="to begin with; 1: no search (%(default)s)")
     add("--max_learning_rates", type=_count, default=9, help="how many there may be in the end (%(default)s)")
-    add("--factor", type=_above_0, default=2.0, help="between neighbouring rates (%(default)s)")
-    add("--adam_lr", type=_above_0, default=1e-4, help="where the rates start, for all but sgd and lcam (%(default)s)")
-    add("--sgd_lr", type=_above_0, default=0.02, help="where they start for sgd and lcam (%(default)s)")
+    add("--factor", type=_positive, default=2.0, help="between neighbouring rates (%(default)s)")
+    add("--adam_lr", type=_positive, default=1e-4, help="where the rates start, for all but sgd and lcam (%(default)s)")
+    add("--sgd_lr", type=_positive, default=0.02, help="where they start for sgd and lcam (%(default)s)")
     add("--start_lr", type=_named_rate, nargs="+", default=[], metavar="OPTIMIZER=RATE", help="for single optimizers")
     add("--launcher", help='what starts the script (python -m hf_nsf), e.g. "torchrun --nproc_per_node 2 -m hf_nsf"')
     add("--jobs", type=_count, default=1, help="runs at a time; torchrun then needs --standalone (%(default)s)")
@@ -433,8 +440,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     unknown = set(options.start_lr) - set(options.optims) - {optim.partition(":")[0] for optim in options.optims}
     if not script:
         made.error("the script and its arguments are missing: they stand after --")
-    if not options.launcher and script[0] != "-m" and not Path(script[0]).is_file():
+    if script[0].endswith(".py") and not Path(script[0]).is_file():
         made.error(f"there is no script {script[0]}")
+    if options.launcher and not shutil.which(shlex.split(options.launcher)[0]):
+        made.error(f"there is no program for --launcher {options.launcher}")
     if ours:
         made.error(f"leave {' and '.join(ours)} out of the script's arguments: the comparison sets it")
     if len({Run(optim, 0, 0).name for optim in options.optims}) < len(options.optims):
@@ -482,7 +491,7 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("Stopped. Finished runs are kept: the same command goes on.", file=sys.stderr)
             return 130
-    _write(folder / "comparison.json", json.dumps({**summary, "protocol": protocol}, indent=1))
+    _write(folder / "comparison.json", json.dumps({**summary, "protocol": protocol}, indent=1, allow_nan=False))
     _write(folder / "comparison.md", f"{table(summary)}\n{protocol}\n")
     print(f"\n{table(summary)}\nWritten to {folder}: comparison.json, comparison.md, comparison.png")
     if reason := comparison.picture(folder / "comparison.png"):

@@ -224,6 +224,8 @@ def test_the_command_of_a_run(bench):
         (["--optims", "nsf", "--start_lr", "lcam=0.1"], [], "--start_lr names lcam, which is not among --optims"),
         (["--optims", "nsf", "--seeds", "0"], [], "0 is not above 0"),
         (["--optims", "nsf", "--factor", "1"], [], "--factor must be above 1"),
+        (["--optims", "nsf", "--start_lr", "0.1"], [], "0.1 is not of the form OPTIMIZER=RATE"),
+        (["--optims", "nsf", "--launcher", "no_such_program -m"], [], "no program for --launcher no_such_program -m"),
         (["--optims", "nsf"], ["--learning-rate=3", "--seed", "1"], "leave --learning-rate=3 and --seed out"),
     ],
 )
@@ -325,3 +327,51 @@ def test_two_comparisons_do_not_share_a_folder(bench):
         compare.main(bench.arguments("--optims", "adamw"))
     tool.terminate()
     tool.communicate()
+
+
+TRAINER_SCRIPT = """
+import sys
+import torch
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+    def forward(self, x, labels):
+        logits = self.layers(x)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+torch.manual_seed(0)
+x = torch.randn(320, 8)
+data = [{"x": row, "labels": int(row[0] * row[1] > 0)} for row in x]
+torch.manual_seed(args.seed)
+accuracy = lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}
+trainer = Trainer(Model(), args, train_dataset=data[:256], eval_dataset=data[256:], compute_metrics=accuracy)
+trainer.train()
+trainer.evaluate()  # and saves nothing
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", ["", f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 -m hf_nsf"]
+)
+def test_a_real_trainer(tmp_path, launcher):
+    (tmp_path / "train.py").write_text(TRAINER_SCRIPT)
+    options = ["--optims", "adamw_torch", "nsf:p_min=0,cycles=2", "--seeds", "1", "--learning_rates", "1"]
+    options += ["--adam_lr", "0.01", "--metric", "eval_accuracy", "--output_dir", str(tmp_path / "cmp")]
+    script = ["--use_cpu", "true", "--num_train_epochs", "3", "--eval_strategy", "epoch", "--logging_steps", "1"]
+    script += ["--save_strategy", "no", "--report_to", "none"]
+    script = ["--", str(tmp_path / "train.py"), *script]
+    assert compare.main([*options, *(["--launcher", launcher] if launcher else []), *script]) == 0
+    rows = json.loads((tmp_path / "cmp" / "comparison.json").read_text())["optimizers"]
+    assert [row["optim"] for row in rows] == ["adamw_torch", "nsf:p_min=0,cycles=2"]
+    assert all(0.5 < row["mean"] <= 1 for row in rows)
+    for row in rows:
+        name = compare.Run(row["optim"], 0.01, 1).name
+        history = json.loads((tmp_path / "cmp" / "runs" / name / "result.json").read_text())["log_history"]
+        assert sum("eval_accuracy" in entry for entry in history) == 4  # three epochs and the script's own
+        assert any("nsf_p" in entry for entry in history) == row["optim"].startswith("nsf")
+    assert (tmp_path / "cmp" / "comparison.png").stat().st_size > 10_000
