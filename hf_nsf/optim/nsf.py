@@ -210,7 +210,7 @@ class NSF(Optimizer):
         for values in self.state.values():
             if isinstance(values, dict) and "step" in values:
                 step = values["step"]  # a number in old states; on the GPU where a Trainer of several GPUs loads it
-                values["step"] = step.cpu() if isinstance(step, Tensor) else _counter(step)
+                values["step"] = step.to("cpu", torch.float32) if isinstance(step, Tensor) else _counter(step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the moments of bfloat16 and float16 parameters stay in float32.
@@ -247,7 +247,8 @@ class NSF(Optimizer):
         self._warn_of_short_periods()
         work, counters, sharded = self._sort()
         # Only now, when nothing can be refused any more, does anything change.
-        torch._foreach_add_(counters, torch.tensor(1.0, device="cpu"), alpha=1.0)
+        if counters:
+            torch._foreach_add_(counters, torch.tensor(1.0, device="cpu"), alpha=1.0)
         sums: dict[Path, Tensor] = {}
         for path, buckets in work.items():
             if path.needs_norms:
@@ -306,7 +307,7 @@ class NSF(Optimizer):
                 grad = next(shards) if is_shard else q.grad
                 if is_shard:
                     param, m, v, comp = (to_local(tensor) for tensor in (q, m, v, comp))
-                if group["kahan_sum"] is False:
+                if group["kahan_sum"] is False or q.dtype not in LOW_PRECISION:
                     comp = None
                 halves = _halves_for(group, scalars[k], param, grad, m, v, comp)
                 path = Path(halves, param.device, param.dtype, comp is not None, scalars[k].needs_norms)
@@ -326,14 +327,19 @@ class NSF(Optimizer):
 
     def _state_of(self, param: Any, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[param]
+        dtype = torch.promote_types(param.dtype, torch.float32)
         # Other states may be there: wrappers of optimizers keep their own.
         if not ("step" in state and "exp_avg" in state and "exp_avg_sq" in state):
             state["step"] = _counter(0)
             for name in _STATES:
-                dtype = torch.promote_types(param.dtype, torch.float32)
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        if param.dtype in LOW_PRECISION and group["kahan_sum"] is not False and "kahan_comp" not in state:
-            state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        for name in _STATES:
+            if state[name].dtype is not dtype:  # model.to(dtype), or a hook, has changed one of the two
+                state[name] = state[name].to(dtype)
+        if param.dtype in LOW_PRECISION and group["kahan_sum"] is not False:
+            comp = state.get("kahan_comp")
+            if comp is None or comp.dtype is not param.dtype:
+                state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return state
 
 
@@ -373,9 +379,9 @@ def _reduce(sharded: list[Sharded], work: dict[Path, list[Bucket]], sums: dict[P
 def _halves_for(group: dict[str, Any], s: Scalars, param: Tensor, grad: Tensor, *states: Tensor | None) -> Halves:
     """The fastest implementation that is right for a tensor, or the one that the group asks for."""
     foreach, fused = group["foreach"], group["fused"]
-    if foreach is False and not fused or type(param) not in PLAIN:
+    if not fused and (foreach is False or type(param) not in PLAIN):
         return _REFERENCE
-    if foreach is None and fused is not False:
+    if not foreach and fused is not False:
         tensors = [state for state in states if state is not None]
         if grad.dtype == param.dtype and same_dense_layout(param, grad, *tensors):
             if s.p == 0.5 and s.eps > 0 and param.is_cpu and param.dtype in (torch.float32, torch.float64):
