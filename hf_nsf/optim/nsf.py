@@ -271,8 +271,9 @@ class NSF(Optimizer):
                 warnings.warn(
                     f"NSF's cycle of p has a period of {period:g} updates; below 4 it can hardly be a cycle. Lower "
                     "cycles or raise cycle_steps.",
-                    stacklevel=3,
+                    stacklevel=5,  # beyond two wrappers of torch
                 )
+                break
         self._warned = True
 
     def _sort(self) -> tuple[dict[Path, list[Bucket]], list[Tensor], list[Sharded]]:

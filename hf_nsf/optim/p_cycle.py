@@ -105,8 +105,8 @@ def p_at(k: float, options: dict[str, Any]) -> float:
 
 
 def short_period(options: dict[str, Any]) -> float | None:
-    """The period in updates if there is one of less than 4, which can hardly be a cycle; else None."""
-    if options["p"] is not None:
+    """The period in updates if one of less than 4, which can hardly be a cycle, is asked for; else None."""
+    if options["p"] is not None or options["cycle_steps"] is None and options["cycles"] is None:
         return None
     steps, cycles = _steps_and_cycles(options)
     return steps / cycles if steps / cycles < _LEAST_PERIOD else None
