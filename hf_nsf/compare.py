@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fair comparison of optimizers over runs of any script that trains with Hugging Face's Trainer.
+r"""A fair comparison of optimizers over runs of any script that trains with Hugging Face's Trainer.
 
     python -m hf_nsf.compare --output_dir cmp --optims adamw_torch_fused nsf "nsf:p_min=-0.25" lcam sgd:momentum=0.9 \
         --metric eval_accuracy --seeds 5 -- run_glue.py --model_name_or_path ... --eval_strategy epoch
@@ -26,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable
@@ -37,22 +38,21 @@ from typing import Any
 from tqdm import tqdm
 
 SEARCH = """\
-1. Learning rate: every optimizer is tried at the same number of rates ({learning_rates}), each {factor:g} times the one
-   before, around a start of its own kind ({sgd_lr:g} for sgd and lcam, {adam_lr:g} for all others, or --start_lr). As
-   long as any optimizer's best rate is the first or last of its grid, every grid grows by one rate at its better end,
-   up to {max_learning_rates} rates. Best is the best mean of the final {metric}, {direction} being better, over
-   {search_seeds} seed(s) that are not used again.
-"""
+Learning rate: every optimizer is tried at the same number of rates ({learning_rates}), each {factor:g} times the one
+before, around a start of its own kind ({sgd_lr:g} for sgd and lcam, {adam_lr:g} for all others, or --start_lr). As long
+as any optimizer's best rate is the first or last of its grid, every grid grows by one rate at its better end, up to
+{max_learning_rates} rates. Best is the best mean of the final {metric}, {better} being better, over {search_seeds}
+seed(s) that are not used again."""
 NO_SEARCH = """\
-1. Learning rate: one for each optimizer, {sgd_lr:g} for sgd and lcam and {adam_lr:g} for all others, or --start_lr.
-"""
-PROTOCOL = """\
-2. Result: every optimizer at its best rate with the same {seeds} seed(s). Mean and standard error over the seeds;
-   differences to the first optimizer are taken seed by seed. Runs that failed or diverged (a loss or {metric} that is
-   not finite at the end) are counted, and left out of means and differences.
-3. Cost to target: updates and seconds until an evaluation reaches the first optimizer's final mean, averaged over the
-   runs that reach it. It is as fine as the script's own evaluations (--eval_strategy); seconds are the share of
-   train_runtime, evaluations included, and mean little with --jobs above 1."""
+Learning rate: one for each optimizer, {sgd_lr:g} for sgd and lcam, {adam_lr:g} for all others, or --start_lr."""
+RESULT = """\
+Result: every optimizer at its best rate with the same {seeds} seed(s). Mean and standard error over the seeds;
+differences to the first optimizer are taken seed by seed. Runs that failed or diverged (a loss or {metric} that is not
+finite at the end) are counted, and left out of means and differences."""
+COST = """\
+Cost to target: updates and seconds until an evaluation reaches the first optimizer's final mean, averaged over the runs
+that reach it. It is as fine as the script's own evaluations (--eval_strategy); seconds are the share of train_runtime,
+evaluations included, and mean little with --jobs above 1."""
 OURS = {"--optim", "--optim_args", "--learning_rate", "--seed", "--output_dir"}
 
 
@@ -286,13 +286,13 @@ class Comparison:
 
     def picture(self, path: Path) -> str | None:
         """Draw the runs of the result, or say why not."""
+        runs = [run for run in self.final_runs() if math.isfinite(self.value(run))]
         try:
             from hf_nsf.plots import plot_runs
 
-            runs = [run for run in self.final_runs() if math.isfinite(self.value(run))]
             figure = plot_runs(*(self.results[r]["log_history"] for r in runs), labels=[_label(r) for r in runs])
-        except ImportError as error:
-            return f"No picture, which needs matplotlib (pip install matplotlib): {error}."
+        except (ImportError, ValueError) as error:  # no matplotlib, or nothing to draw
+            return f"No picture: {error}"
         figure.savefig(path)
         return None
 
@@ -351,9 +351,11 @@ def _end_left_behind(folder: Path) -> None:
 
 
 def _protocol(options: argparse.Namespace) -> str:
-    direction = "lower" if options.lower_is_better else "higher"
-    text = (SEARCH if options.learning_rates > 1 else NO_SEARCH) + PROTOCOL
-    return text.format(**{**vars(options), "direction": direction})
+    """What is done, in full."""
+    values = {**vars(options), "better": "lower" if options.lower_is_better else "higher"}
+    parts = (SEARCH if options.learning_rates > 1 else NO_SEARCH, RESULT, COST)
+    texts = (f"{k}. {' '.join(part.split())}".format(**values) for k, part in enumerate(parts, 1))
+    return "\n".join(textwrap.fill(text, 100, subsequent_indent="   ") for text in texts)
 
 
 def _figure(value: float | None, error: float | None = None, form: str = ".4g") -> str:
@@ -375,7 +377,11 @@ def table(summary: dict[str, Any]) -> str:
         line += [_figure(row["seconds_to_target"]), f"{row['reached']} of {row['runs']}"]
         lines.append([*line, f"{row['lost']} of {row['runs']}" if row["runs"] else "all of the search"])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{text}\n\nTarget: {metric} {_figure(summary['target'])}, the final mean of `{first}`.\n"
+    text += f"\n\nTarget: {metric} {_figure(summary['target'])}, the final mean of `{first}`.  "
+    for row in rows if any(row["search"] for row in rows) else ():
+        found = ", ".join(f"{_figure(mean)} at {rate}" for rate, mean in row["search"].items())
+        text += f"\nSearch of `{row['optim']}`: {found or 'failed'}.  "
+    return text + "\n"
 
 
 def _positive(text: str) -> float:
@@ -422,8 +428,8 @@ def parser() -> argparse.ArgumentParser:
     add("--launcher", help='what starts the script (python -m hf_nsf), e.g. "torchrun --nproc_per_node 2 -m hf_nsf"')
     add("--jobs", type=_count, default=1, help="runs at a time; torchrun then needs --standalone (%(default)s)")
     add("--dry_run", action="store_true", help="print the plan and the number of runs")
-    defaults = {**vars(made.parse_args(["--output_dir=", "--optims", ""])), "metric": "metric"}
-    made.epilog = "The protocol, here with the defaults:\n" + _protocol(argparse.Namespace(**defaults))
+    defaults = made.parse_args(["--output_dir=", "--optims", "", "--lower_is_better"])
+    made.epilog = "The protocol, here with the defaults:\n" + _protocol(defaults)
     return made
 
 
@@ -493,9 +499,8 @@ def main(argv: list[str] | None = None) -> int:
             return 130
     _write(folder / "comparison.json", json.dumps({**summary, "protocol": protocol}, indent=1, allow_nan=False))
     _write(folder / "comparison.md", f"{table(summary)}\n{protocol}\n")
-    print(f"\n{table(summary)}\nWritten to {folder}: comparison.json, comparison.md, comparison.png")
-    if reason := comparison.picture(folder / "comparison.png"):
-        print(reason)
+    reason = comparison.picture(folder / "comparison.png")
+    print(f"\n{table(summary)}\nWritten to {folder}: comparison.json, comparison.md, {reason or 'comparison.png'}")
     failed = sum("failed" in result for result in comparison.results.values())
     if failed:
         print(f"{failed} runs failed; the same command tries them again.")
