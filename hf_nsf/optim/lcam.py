@@ -159,6 +159,8 @@ class LCAM(SGD):
         """Make the step of torch's SGD."""
         mu, grads, foreach, fused = group["momentum"], [q.grad for q in params], group["foreach"], group["fused"]
         states = [self.state[q] for q in params] if mu != 0 else []
+        for state in states:
+            state.pop("kahan_comp", None)  # it would be stale once Kahan sums go on
         bufs = [state.get("momentum_buffer") for state in states]
         first = [buf is None for buf in bufs]
         if fused and any(first) and not all(first):
@@ -198,7 +200,9 @@ class LCAM(SGD):
         rows: dict[tuple[Any, ...], list[Any]] = {}
         for param in params:
             state, buf, is_first = self.state[param], None, False
-            if "kahan_comp" not in state:
+            if (
+                "kahan_comp" not in state or state["kahan_comp"].dtype is not param.dtype
+            ):  # model.to(dtype) may change it
                 state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             if mu != 0:
                 buf = state.get("momentum_buffer")
@@ -239,7 +243,7 @@ def _check_fused(param: Any, buf: Tensor | None) -> None:
         return
     full = param.dtype in (torch.float32, torch.float64)  # with torch 2.13 steps in bfloat16 are off by more than 1
     grad = param.grad
-    dense = not grad.is_sparse and grad.dtype == param.dtype
+    dense = not grad.is_sparse and grad.dtype == param.dtype and (buf is None or buf.dtype == param.dtype)
     if not (full and dense and same_dense_layout(param, grad, *([] if buf is None else [buf]))):
         raise RuntimeError(
             f"Invalid fused: fused=True with a {param.dtype} parameter of shape {tuple(param.shape)} on the CPU; "

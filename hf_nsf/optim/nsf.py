@@ -308,8 +308,6 @@ class NSF(Optimizer):
                 grad = next(shards) if is_shard else q.grad
                 if is_shard:
                     param, m, v, comp = (to_local(tensor) for tensor in (q, m, v, comp))
-                if group["kahan_sum"] is False or q.dtype not in LOW_PRECISION:
-                    comp = None
                 halves = _halves_for(group, scalars[k], param, grad, m, v, comp)
                 path = Path(halves, param.device, param.dtype, comp is not None, scalars[k].needs_norms)
                 bucket = found.get((path, index, k))
@@ -341,6 +339,8 @@ class NSF(Optimizer):
             comp = state.get("kahan_comp")
             if comp is None or comp.dtype is not param.dtype:
                 state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        elif "kahan_comp" in state:
+            del state["kahan_comp"]  # it would be stale once Kahan sums go on
         return state
 
 
