@@ -1,15 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets the tests import the oracles of tests/reference by their file names."""
-
-import sys
-from pathlib import Path
+"""One thread for the tests of this folder."""
 
 import pytest
 import torch
-
-_REFERENCE = str(Path(__file__).parents[1] / "reference")
-if _REFERENCE not in sys.path:
-    sys.path.insert(0, _REFERENCE)
 
 
 @pytest.fixture(autouse=True)

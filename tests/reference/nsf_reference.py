@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NSF in Python's own floats, one coordinate at a time, written from METHOD.md and from none of the package's code.
+"""NSF in Python's own floats, one coordinate at a time; shares no code with the package.
 
-raw: arXiv 2509.04713. adam: the same direction with the length of Adam's step (layer-wise grafting, arXiv 2002.11803).
+grafting="none": arXiv 2509.04713. grafting="adam": its direction with the length of Adam's step (arXiv 2002.11803).
 """
 
 import math
@@ -12,49 +12,38 @@ def power(base, exponent):
     return math.inf if base == 0.0 and exponent < 0 else base**exponent
 
 
-def _moments(grads, beta1, beta2):
-    """Yield m_hat and v_hat, two lists over the coordinates, for every update."""
-    m, v = [0.0] * len(grads[0]), [0.0] * len(grads[0])
-    for t, g in enumerate(grads, start=1):
-        m = [beta1 * a + (1 - beta1) * b for a, b in zip(m, g, strict=True)]
-        v = [beta2 * a + (1 - beta2) * b * b for a, b in zip(v, g, strict=True)]
-        yield [a / (1 - beta1**t) for a in m], [a / (1 - beta2**t) for a in v]
+def divide(m, d):
+    """`m / d`, and 0 where there has been no gradient and eps = 0."""
+    return m / d if d else 0.0
 
 
-def nsf_raw_reference(theta, grads, p, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    """`theta - eta m_hat / (v_hat^p + eps)` after decoupled decay; `p` is a list with one exponent for each update."""
-    theta = list(theta)
-    for p_t, (m_hat, v_hat) in zip(p, _moments(grads, *betas), strict=True):
-        theta = [x * (1 - lr * weight_decay) for x in theta]
-        theta = [x - lr * m / (power(v, p_t) + eps) for x, m, v in zip(theta, m_hat, v_hat, strict=True)]
-    return theta
+def plain_step(m_hat, v_hat, p, eps):
+    """`m_hat / (v_hat^p + eps)`."""
+    if p == 0.5:
+        return [divide(m, math.sqrt(v) + eps) for m, v in zip(m_hat, v_hat, strict=True)]
+    return [divide(m, power(v, p) + eps) for m, v in zip(m_hat, v_hat, strict=True)]
 
 
-def adam_scaled_step(m_hat, v_hat, p, eps):
-    """`s u` of METHOD.md for one parameter tensor."""
+def grafted_step(m_hat, v_hat, p, eps):
+    """`u ||a|| / ||u||` of one tensor, with `d = sqrt(v_hat) + eps`, `a = m_hat / d` and `u = a d^(1-2p)`."""
     d = [math.sqrt(v) + eps for v in v_hat]
-    u = [m * power(x, -2 * p) if m else 0.0 for m, x in zip(m_hat, d, strict=True)]
-    adam = [m / x if m else 0.0 for m, x in zip(m_hat, d, strict=True)]
+    a = [divide(m, x) for m, x in zip(m_hat, d, strict=True)]
+    u = [x * power(y, 1 - 2 * p) if x else 0.0 for x, y in zip(a, d, strict=True)]
     length = math.hypot(*u)
-    s = math.hypot(*adam) / length if length else 1.0
-    return [s * x for x in u]
+    return [x * math.hypot(*a) / length for x in u] if length else a
 
 
-def nsf_adam_scaled_reference(theta, grads, p, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    """`theta - eta s u` after decoupled decay, for ONE parameter tensor; `p` has one exponent for each update."""
-    theta = list(theta)
-    for p_t, (m_hat, v_hat) in zip(p, _moments(grads, *betas), strict=True):
-        theta = [x * (1 - lr * weight_decay) for x in theta]
-        theta = [x - lr * y for x, y in zip(theta, adam_scaled_step(m_hat, v_hat, p_t, eps), strict=True)]
+STEPS = {"none": plain_step, "adam": grafted_step}
+
+
+def nsf_reference(theta, grads, exponents, grafting, *, lr, betas, eps, weight_decay, maximize=False):
+    """One tensor, as a list of numbers, after an update for each list of `grads`, with an exponent for each."""
+    m, v = [0.0] * len(theta), [0.0] * len(theta)
+    b1, b2 = betas
+    for t, (g, p) in enumerate(zip(grads, exponents, strict=True), start=1):
+        g = [-x for x in g] if maximize else g
+        m = [b1 * a + (1 - b1) * x for a, x in zip(m, g, strict=True)]
+        v = [b2 * a + (1 - b2) * x * x for a, x in zip(v, g, strict=True)]
+        step = STEPS[grafting]([x / (1 - b1**t) for x in m], [x / (1 - b2**t) for x in v], p, eps)
+        theta = [(1 - lr * weight_decay) * x - lr * y for x, y in zip(theta, step, strict=True)]
     return theta
-
-
-def adam_step_length(grads, betas=(0.9, 0.999), eps=1e-8):
-    """The 2-norm of Adam's step (without lr) at every update."""
-    return [
-        math.hypot(*(m / (math.sqrt(v) + eps) if m else 0.0 for m, v in zip(m_hat, v_hat, strict=True)))
-        for m_hat, v_hat in _moments(grads, *betas)
-    ]
-
-
-REFERENCES = {"raw": nsf_raw_reference, "adam": nsf_adam_scaled_reference}

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LCAM's decision against hand-written values, and LCAM against the authors' loop."""
+
+import math
+
+import pytest
+import torch
+from lcam_reference import momenta_from_losses, train_by_hand
+from problems import PATHS, classification_problem, identical
+from torch import nn
+
+from hf_nsf import LCAM, LossPhase
+
+
+def lcam(**options):
+    return LCAM([nn.Parameter(torch.ones(1))], **{"low_loss_momentum": 0.8, "high_loss_momentum": 0.9, **options})
+
+
+def momenta(optimizer):
+    return [group["momentum"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"weight_decay": 5e-4}], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_the_authors_loop_bit_for_bit(path, options):
+    """Five epochs of real training with at least ten switches: same losses, momenta and weights."""
+    for seed, (low, high) in enumerate([(0.9, 0.95), (0.95, 0.9)]):
+        theirs, epochs = classification_problem(seed)
+        sgd = {**options, **PATHS[path]}
+        expected, losses = train_by_hand(theirs, nn.functional.cross_entropy, epochs, low, high, 0.05, **sgd)
+        assert sum(a != b for a, b in zip(expected, expected[1:], strict=False)) >= 10
+
+        ours, epochs = classification_problem(seed)
+        optimizer = LCAM(ours.parameters(), lr=0.05, low_loss_momentum=low, high_loss_momentum=high, **sgd)
+        phase, used, seen = LossPhase(optimizer), [], []
+        for batches in epochs:
+            phase.start_epoch()
+            for x, y in batches:
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(ours(x), y)
+                loss.backward()
+                used += momenta(optimizer)
+                optimizer.step()
+                phase.step(loss)
+                seen.append(loss.item())
+        assert seen == losses and used == expected
+        assert identical(ours.parameters(), theirs.parameters())
+
+
+def test_phases_by_hand():
+    optimizer = lcam()
+    phase = LossPhase(optimizer)
+    phase.start_epoch()
+    assert momenta(optimizer) == [0.9]
+    # means: 2, 1.5, 2, 2 (equal is high), 1.8
+    for loss, expected in ((2.0, 0.9), (1.0, 0.8), (3.0, 0.9), (2.0, 0.9), (torch.tensor([1.0]), 0.8)):
+        phase.step(loss)
+        assert momenta(optimizer) == [expected] and optimizer.param_groups[0]["loss_phase"] == int(expected == 0.8)
+    before = dict(optimizer.param_groups[0])
+    for loss, skipped in ((math.nan, False), (-math.inf, False), (0.0, True), (torch.tensor(math.nan), True)):
+        phase.step(loss, skipped=skipped)
+        assert optimizer.param_groups[0] == before
+    phase.start_epoch()
+    assert momenta(optimizer) == [0.8]  # the mean restarts, the momentum does not
+    phase.step(0.1)
+    assert momenta(optimizer) == [0.9]
+    phase.step(0.0)
+    phase.restart()
+    fresh = lcam().param_groups[0]
+    assert all(value == fresh[name] for name, value in optimizer.param_groups[0].items() if name != "params")
+
+
+def test_random_losses_as_the_authors_loop_decides():
+    generator = torch.Generator().manual_seed(0)
+    epochs = [torch.rand(200, generator=generator, dtype=torch.float64).tolist() for _ in range(3)]
+    optimizer = lcam()
+    phase, used = LossPhase(optimizer), []
+    for losses in epochs:
+        phase.start_epoch()
+        for loss in losses:
+            used += momenta(optimizer)
+            phase.step(loss)
+    assert used == momenta_from_losses(epochs, 0.8, 0.9)[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_average": "ema"}])
+def test_a_constant_loss_is_never_below_its_mean(options):
+    """Python's sum of 0.1 is soon not a multiple of it."""
+    for loss in (0.1, 1 / 3, 7e-4, -0.3, 1e300):
+        optimizer = lcam(**options)
+        phase = LossPhase(optimizer)
+        for _ in range(3000):
+            phase.step(loss)
+            assert optimizer.param_groups[0]["loss_phase"] == 0
+        assert optimizer.param_groups[0]["loss_mean"] == loss
+
+
+def test_moving_average_by_hand_runs_through_epochs():
+    optimizer = lcam(loss_average="ema", loss_ema_decay=0.5)
+    phase, seen = LossPhase(optimizer), []
+    for loss in (4.0, 2.0, 3.0, 2.5):
+        phase.start_epoch()
+        phase.step(torch.tensor(loss))
+        seen.append((optimizer.param_groups[0]["loss_mean"], *momenta(optimizer)))
+    assert seen == [(4.0, 0.9), (3.0, 0.8), (3.0, 0.9), (2.75, 0.8)]
+
+
+def test_state_stands_in_every_group_and_goes_on_after_loading():
+    def make(**options):
+        optimizer = lcam(**options)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "low_loss_momentum": 0.5})
+        return optimizer, LossPhase(optimizer)
+
+    first, phase = make(loss_average="ema", loss_ema_decay=0.25)
+    for loss in (2.0, 1.0):
+        phase.step(loss)
+    assert momenta(first) == [0.8, 0.5]
+    second, again = make()
+    second.load_state_dict(first.state_dict())
+    for loss in (1.2, 1.7, 1.4):
+        phase.step(loss)
+        again.step(loss)
+        for a, b in zip(first.param_groups, second.param_groups, strict=True):
+            assert {k: v for k, v in a.items() if k != "params"} == {k: v for k, v in b.items() if k != "params"}
+            assert a["loss_count"] >= 3
+
+
+@pytest.mark.parametrize("loss", [True, "1", None, torch.ones(2), torch.ones((), device="meta"), 10**400], ids=repr)
+def test_what_is_no_loss_is_refused(loss):
+    with pytest.raises(ValueError, match="Invalid loss"):
+        LossPhase(lcam()).step(loss)
+
+
+def test_another_optimizer_is_refused():
+    with pytest.raises(ValueError, match="SGD"):
+        LossPhase(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))

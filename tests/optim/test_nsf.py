@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NSF: each way to make its step against the formula, and the properties of the method."""
+
+import functools
+import math
+import warnings
+
+import pytest
+import torch
+from nsf_reference import nsf_reference
+from problems import NSF_PATHS, PATHS, drive, identical, make_parameters, relative_error, set_gradients
+from torch import nn
+
+import hf_nsf.optim.nsf as nsf
+from hf_nsf import NSF, p_schedule
+from hf_nsf.optim import nsf_update
+
+EXPONENTS = (0.5, 0.25, 0.0, -0.25, -0.5, 1.0, 0.1, "cycle", 1e-46)
+BEYOND = (3.0, -2.0)  # of the range of kernels
+CYCLE = {"p_min": -0.5, "p_max": 0.5, "cycle_steps": 17, "cycle_shape": "triangular"}
+OPTIONS = (
+    {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+    {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.0, "maximize": True},
+    {"lr": 1e-2, "betas": (0.0, 0.9), "eps": 0.0, "weight_decay": 0.1},
+)
+STEPS = 25
+# Of bfloat16 and float16, values are the parameters and their Kahan sums, rounded below the last place of both.
+BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1e-4, torch.float16: 5e-6}
+
+
+def parameters(dtype, path):
+    """All layouts, but for gaps where kernels are asked for."""
+    return make_parameters(dtype, gaps=path != "fused")
+
+
+def options_of(p):
+    return CYCLE if p == "cycle" else {"p": p}
+
+
+def values(optimizer, params):
+    """What the parameters stand for: with Kahan sums, more than what they hold."""
+    return [q.detach().double() + optimizer.state[q].get("kahan_comp", torch.zeros(())).double() for q in params]
+
+
+@functools.cache
+def expected(dtype, p, option, grafting, gaps):
+    """The oracle's parameters after the same gradients, as tensors."""
+    params = make_parameters(dtype, gaps=gaps)
+    start, generator, grads = [q.detach().double() for q in params], torch.Generator().manual_seed(1), []
+    for _ in range(STEPS):
+        set_gradients(params, generator)
+        grads.append([q.grad.double() for q in params])
+    exponents = p_schedule(range(STEPS), **options_of(p))
+    results = []
+    for index, first in enumerate(start):
+        lists = [g[index].flatten().tolist() for g in grads]
+        result = nsf_reference(first.flatten().tolist(), lists, exponents, grafting, **OPTIONS[option])
+        results.append(torch.tensor(result, dtype=torch.float64).view(first.shape))
+    return results
+
+
+@pytest.mark.parametrize("path", NSF_PATHS)
+@pytest.mark.parametrize("grafting", nsf.GRAFTINGS)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_steps_follow_the_formula(dtype, grafting, path):
+    if path == "fused" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="fused=True with a torch.float64 parameter"):
+            NSF(parameters(dtype, path), fused=True)
+        return
+    cases = [(p, index % 3) for index, p in enumerate(EXPONENTS)] + [(0.25, 1), (0.5, 1), (-0.25, 2), (0.5, 2)]
+    cases += [(p, 0) for p in BEYOND if path != "fused"]
+    for p, option in cases:
+        params = parameters(dtype, path)
+        optimizer = NSF(params, **options_of(p), grafting=grafting, **OPTIONS[option], **PATHS[path])
+        drive(optimizer, params, STEPS)
+        error = relative_error(values(optimizer, params), expected(dtype, p, option, grafting, path != "fused"))
+        assert error <= BOUNDS[dtype], (p, OPTIONS[option])
+        moments = [optimizer.state[q][name].dtype for q in params for name in ("exp_avg", "exp_avg_sq")]
+        assert set(moments) == {torch.promote_types(dtype, torch.float32)}
+        assert all(optimizer.state[q]["step"] == STEPS for q in params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_at_one_half_the_default_is_torchs_fused_adamw_bit_for_bit(dtype):
+    for options in ({}, {"weight_decay": 0.1, "maximize": True}, {"betas": (0.5, 0.9), "eps": 1e-4}):
+        results = []
+        for make in (functools.partial(NSF, p=0.5), functools.partial(torch.optim.AdamW, fused=True)):
+            params = make_parameters(dtype, gaps=False)
+            optimizer = make(params, lr=1e-2, **options)
+            drive(optimizer, params, 100)
+            results.append([*params, *(optimizer.state[q][n] for q in params for n in ("exp_avg", "exp_avg_sq"))])
+        assert identical(*results)
+
+
+@pytest.mark.parametrize("path", NSF_PATHS)
+def test_every_step_has_the_length_of_adams(path):
+    dtype = torch.float32 if path == "fused" else torch.float64
+    for p in (0.25, 0.0, -0.5, 1.0):
+        params = [nn.Parameter(torch.zeros_like(q)) for q in parameters(dtype, path) if q.numel()]
+        optimizer = NSF(params, lr=1.0, p=p, weight_decay=0.0, **PATHS[path])
+        for t in range(1, 5):
+            before = [q.detach().clone() for q in params]
+            drive(optimizer, params, t, skip=t - 1)
+            for q, old in zip(params, before, strict=True):
+                m, v = optimizer.state[q]["exp_avg"].double(), optimizer.state[q]["exp_avg_sq"].double()
+                adam = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+                length = (q.detach().double() - old.double()).norm().item()
+                assert length == pytest.approx(adam.norm().item(), rel=1e-11 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("path", NSF_PATHS)
+def test_multiplying_all_gradients_changes_nothing(path):
+    """In float32, where squares have a wider range than numbers; the parameters start at 0 and are all step."""
+    for p in (0.25, 0.0, -0.25, -0.5, 1.0, *(BEYOND if path != "fused" else ())):
+        results = []
+        runs = [(torch.float64, 1.0, "reference"), *((torch.float32, c, path) for c in (1e-12, 1e-8, 1.0, 1e12))]
+        for dtype, scale, chosen in runs:
+            params = [nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (20, 333)]
+            drive(NSF(params, lr=1e-2, p=p, eps=0.0, **PATHS[chosen]), params, 10, scale=scale)
+            results.append(params)
+        assert all(relative_error(each, results[0]) < 2e-5 for each in results[1:]), p
+
+
+@pytest.mark.parametrize("path", NSF_PATHS)
+@pytest.mark.parametrize("grafting", nsf.GRAFTINGS)
+def test_extreme_and_zero_gradients_stay_finite_and_zeros_move_nothing(grafting, path):
+    beyond = (-1.0, 3.0) if path != "fused" and grafting == "adam" else ()
+    exponents = (0.5, 0.25, 0.0, 1e-46, -1e-46, -0.25, -0.5, 1.0, *beyond)
+    for p in exponents:
+        for scale in (0.0, 1e-30, 1e-22, 1.0, 1e18):
+            for eps in (1e-8, 0.0):
+                params = [nn.Parameter(torch.ones(n)) for n in (6, 40)]
+                lr = 1e-3 if grafting == "adam" or not scale else min(1e30, 1e-3 * scale ** (2 * p - 1))
+                optimizer = NSF(params, lr=lr, p=p, eps=eps, weight_decay=0.0, grafting=grafting, **PATHS[path])
+                for seed in range(3):
+                    set_gradients(params, torch.Generator().manual_seed(seed), scale)
+                    for q in params:
+                        q.grad[0] = 0
+                    optimizer.step()
+                for q in params:
+                    assert q.isfinite().all() and q[0] == 1, (p, scale, eps)
+                    assert scale or torch.equal(q, torch.ones_like(q))
+
+
+@pytest.mark.parametrize("path", NSF_PATHS)
+@pytest.mark.parametrize("grafting", nsf.GRAFTINGS)
+def test_nan_and_infinity_are_not_hidden(grafting, path):
+    for value in (math.nan, math.inf):
+        for p in (0.5, 0.1, -0.5):
+            params = [nn.Parameter(torch.zeros(100)), nn.Parameter(torch.zeros(70))]
+            optimizer = NSF(params, lr=1.0, p=p, weight_decay=0.0, grafting=grafting, **PATHS[path])
+            for q in params:
+                q.grad = torch.full_like(q, 1e3)
+            params[0].grad[5] = value
+            optimizer.step()
+            hit, other = (q.detach() for q in params)
+            assert not hit[5].isfinite() and other.isfinite().all()
+            # Without a length there is no step: at p = -1/2 directions are a million times Adam's step here.
+            if grafting == "adam" and p != 0.5:
+                assert not hit.isfinite().any()
+
+
+@pytest.mark.parametrize("path", NSF_PATHS)
+def test_a_parameter_makes_the_step_that_it_makes_alone(path):
+    """Whatever stands beside it: other dtypes, sizes, numbers of updates, groups with their own options."""
+    dtypes = [d for d in BOUNDS if path != "fused" or d != torch.float64]
+    own = [
+        {"p": 0.5},
+        {"p": -0.25, "lr": 1e-3},
+        {**CYCLE, "maximize": True},
+        {"p": 0.1, "grafting": "none", "eps": 0.1},
+    ]
+
+    def make():
+        params = [q for dtype in dtypes for q in parameters(dtype, path)]
+        return params, [{"params": params[index :: len(own)], **options} for index, options in enumerate(own)]
+
+    def step(optimizer, params, only=None):
+        generator = torch.Generator().manual_seed(5)
+        for t in range(12):
+            set_gradients(params, generator)
+            for index, q in enumerate(params):
+                if t % (1 + index % 3) or only not in (None, index):
+                    q.grad = None
+            optimizer.step()
+
+    together, groups = make()
+    unused = nn.Parameter(torch.ones(2))
+    optimizer = NSF([*groups, {"params": [unused]}], **PATHS[path])
+    step(optimizer, together)
+    assert torch.equal(unused, torch.ones(2)) and unused not in optimizer.state
+    for index in range(len(together)):
+        alone, groups = make()
+        step(NSF(groups, **PATHS[path]), alone, only=index)
+        assert identical(alone[index : index + 1], together[index : index + 1]), index
+
+
+@pytest.mark.parametrize("path", NSF_PATHS)
+def test_large_tensors_are_cut_into_the_same_step(path):
+    """Several pieces, the last of them short; with gaps and gradients of another layout, pieces of rows."""
+    n = 2 * nsf_update.PIECE + 5
+    shapes = [(n,), (3, n // 3), (2, 2, n // 4)]
+    for p, grafting in ((0.1, "adam"), (0.1, "none"), (0.5, "adam")):
+        results = []
+        for chosen, dtype in ((path, torch.float32), ("reference", torch.float64)):
+            generator = torch.Generator().manual_seed(3)
+            params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+            if path != "fused":
+                wide = torch.randn(n // 2, 4, generator=generator, dtype=torch.float64).to(dtype)
+                params += [nn.Parameter(wide[:, ::2]), nn.Parameter(wide.t())]
+            optimizer = NSF(params, p=p, grafting=grafting, **PATHS[chosen])
+            for _ in range(2):
+                for q in params:
+                    q.grad = torch.randn(q.shape, generator=generator, dtype=torch.float64).to(dtype)
+                optimizer.step()
+            results.append(params)
+        assert relative_error(*results) <= 1e-6
+
+
+@pytest.mark.parametrize("path", NSF_PATHS)
+def test_gradients_that_are_not_laid_out_as_they_seem(path):
+    """Other strides, expanded ones, negated views, tensors without memory: right, or refused."""
+    for dtype in (torch.float32, torch.bfloat16):
+        value = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+        grads = {
+            "other strides": value.t().contiguous().t(),
+            "expanded": value[:1].expand(4, 6),
+            "negated": torch._neg_view(value),
+            "zeros": torch._efficientzerotensor((4, 6), dtype=dtype),
+            "gaps": torch.stack([value, value], -1)[..., 0],
+        }
+        for name, grad in grads.items():
+            for p in (0.5, 0.1):
+                ours, plain = [nn.Parameter(torch.ones(4, 6, dtype=dtype)) for _ in range(2)]
+                ours.grad, plain.grad = grad, torch.zeros(4, 6, dtype=dtype) + grad
+                optimizer = NSF([ours], lr=0.1, p=p, **PATHS[path])
+                if path == "fused":
+                    with pytest.raises(RuntimeError, match=r"fused=True with .* parameter of shape \(4, 6\)"):
+                        optimizer.step()
+                    assert torch.equal(ours, torch.ones_like(ours))
+                    continue
+                optimizer.step()
+                NSF([plain], lr=0.1, p=p, foreach=False).step()
+                assert relative_error([ours], [plain]) <= (1e-6 if dtype == torch.float32 else 0), (p, name)
+
+
+@pytest.mark.parametrize("path", NSF_PATHS)
+def test_gaps_are_refused_where_kernels_are_asked_for(path):
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(8, 6)[::2, ::3])]
+    for q in params:
+        q.grad = torch.ones_like(q)
+    optimizer = NSF(params, p=0.1, **PATHS[path])
+    if path == "fused":
+        with pytest.raises(
+            RuntimeError, match=r"parameter of shape \(4, 2\) on cpu; kernels take tensors without gaps"
+        ):
+            optimizer.step()
+        assert torch.equal(params[0], torch.ones(3)) and all(s["step"] == 0 for s in optimizer.state.values())
+    else:
+        optimizer.step()
+        assert all((q < 1).all() for q in params)
+
+
+@pytest.mark.parametrize("path", NSF_PATHS)
+def test_options_may_be_tensors_and_change_between_steps(path):
+    dtype = torch.float32 if path == "fused" else torch.float64
+    results = []
+    for kind, chosen in (
+        (float, "reference"),
+        (float, path),
+        (torch.tensor, path),
+        (lambda x: torch.tensor([x]), path),
+    ):
+        params = parameters(dtype, path)
+        optimizer = NSF(params, lr=kind(1e-2), p=kind(0.5), betas=(kind(0.9), kind(0.99)), **PATHS[chosen])
+        for index, p in enumerate((0.5, 0.25, 0.5, 0.0, -0.25, 1.0)):
+            optimizer.param_groups[0].update(p=kind(p), lr=kind(1e-2 / (index + 1)), weight_decay=kind(0.1))
+            drive(optimizer, params, index + 1, skip=index)
+            assert optimizer.last_p == pytest.approx(p)
+        results.append(params)
+    assert all(relative_error(each, results[0]) <= 1e-6 for each in results[1:])  # tensors of numbers are float32
+    assert dtype == torch.float32 or relative_error(results[1], results[0]) <= 1e-12
+
+
+def test_a_state_goes_from_path_to_path():
+    whole, switched = (make_parameters(torch.float32, gaps=False) for _ in range(2))
+    drive(NSF(whole, p=0.1), whole, 12)
+    state = None
+    for index, path in enumerate(("default", "reference", "foreach", "default")):
+        optimizer = NSF(switched, p=0.1, **PATHS[path])
+        if state is not None:
+            optimizer.load_state_dict(state)
+            optimizer.param_groups[0].update({"foreach": None, "fused": None, **PATHS[path]})
+        drive(optimizer, switched, 3 * index + 3, skip=3 * index)
+        state = optimizer.state_dict()
+    assert relative_error(switched, whole) <= 1e-6
+
+
+def test_default_kernels_and_lists_are_chosen_as_documented(monkeypatch):
+    """With every flag, which functions make the step; fused=True is kernels or an error."""
+    used = []
+    kernels = nsf.Halves(
+        *(functools.partial(lambda f, b, *s: used.append("kernels") or f(b, *s), f) for f in nsf._EAGER)
+    )
+    monkeypatch.setattr(nsf, "kernels_for", lambda device_type: kernels)
+    table = [
+        ({}, torch.float32, 0.1, ["kernels"] * 2), ({}, torch.bfloat16, 0.5, ["kernels"]),
+        ({}, torch.float64, 0.1, []), ({}, torch.float32, 0.5, []), ({}, torch.float32, 2.0, []),
+        ({"fused": False}, torch.float32, 0.1, []), ({"foreach": True}, torch.float32, 0.1, []),
+        ({"foreach": False}, torch.float32, 0.1, []), ({"foreach": False, "fused": True}, torch.float32, 0.1, ["kernels"] * 2),
+        ({"fused": True}, torch.float16, 0.1, ["kernels"] * 2),
+    ]  # fmt: skip
+    for flags, dtype, p, wanted in table:
+        params = make_parameters(dtype, gaps=False)
+        drive(NSF(params, p=p, **flags), params, 1)
+        assert used == wanted, (flags, dtype, p)
+        used.clear()
+    optimizer = NSF(params, p=0.1, fused=True)
+    optimizer.param_groups[0]["p"] = 2.0
+    with pytest.raises(RuntimeError, match="p=2.0"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"fused=True with p=\[2.0\]; kernels take p from -0.5 to 1"):
+        NSF(params, p=2.0, fused=True)
+    monkeypatch.setattr(nsf, "kernels_for", lambda device_type: None)
+    with pytest.raises(ValueError, match=r"fused=True .* needs kernels, which need numba on a CPU"):
+        NSF(params, fused=True)
+    drive(NSF(params, p=0.1), params, 1)
+
+
+def test_nothing_to_do_and_what_cannot_be_done():
+    q = nn.Parameter(torch.ones(3))
+    optimizer = NSF([q])
+    assert optimizer.step(lambda: 7.0) == 7.0 and not optimizer.state and optimizer.last_p == 0.5
+    empty = nn.Parameter(torch.ones(0))
+    empty.grad = torch.ones(0)
+    optimizer = NSF([empty], p=0.1)
+    optimizer.step()
+    assert optimizer.state[empty]["step"] == 1
+    with pytest.raises(ValueError, match="complex64"):
+        NSF([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        NSF([{"params": [q]}, {"params": embedding.parameters()}]).step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_kahan_sums_small_steps_vanish(dtype):
+    """Gradients that do not change sign, and steps far below the rounding of the parameter."""
+    results = []
+    for kahan_sum in (None, True, False):
+        q = nn.Parameter(torch.ones(10, dtype=dtype))
+        optimizer = NSF([q], lr=1e-5, p=-0.25, weight_decay=0.0, kahan_sum=kahan_sum)
+        for _ in range(200):
+            q.grad = torch.full_like(q, 0.1)
+            optimizer.step()
+        assert ("kahan_comp" in optimizer.state[q]) == (kahan_sum is not False)
+        results.append(q.detach().float())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[2], torch.ones(10))
+    assert (results[0] - (1 - 200e-5)).abs().max() <= torch.finfo(dtype).eps / 2
+
+
+def test_steps_do_not_follow_warnings_nor_threads():
+    """The same bits with any number of threads, and nothing to warn of."""
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (300_001, 40_000, 7)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            drive(NSF(params, p=0.1), params, 2)
+        results.append(params)
+    assert identical(*results)

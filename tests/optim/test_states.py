@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of both optimizers: saved, loaded, copied, refused, and changed by others."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from problems import MAKERS, PATHS, drive, identical, make_parameters, needs_numba
+from torch import nn
+
+from hf_nsf import LCAM, NSF, LossPhase
+
+CASES = [("lcam", path) for path in PATHS]
+CASES += [pytest.param("nsf", path, marks=needs_numba if path == "fused" else ()) for path in PATHS]
+MOMENTS = {"nsf": ("exp_avg", "exp_avg_sq"), "lcam": ("momentum_buffer",)}
+
+
+def parameters(dtype=torch.float32):
+    return make_parameters(dtype, gaps=False)
+
+
+def started(name, params, steps=3, **options):
+    optimizer = MAKERS[name](params, **options)
+    drive(optimizer, params, steps)
+    return optimizer
+
+
+@pytest.mark.parametrize(("name", "path"), CASES)
+def test_a_saved_copied_or_pickled_optimizer_goes_on_exactly(name, path, tmp_path):
+    for dtype in (torch.float32, torch.bfloat16) if (name, path) != ("lcam", "fused") else (torch.float32,):
+        whole = parameters(dtype)
+        started(name, whole, 12, **PATHS[path])
+        for how in ("saved", "copied", "pickled"):
+            params = parameters(dtype)
+            first = started(name, params, 6, **PATHS[path])
+            if how == "saved":
+                torch.save(first.state_dict(), tmp_path / "state.pt")
+                second = MAKERS[name](params, lr=7.0)
+                second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+                assert second.param_groups[0]["lr"] == 1e-2  # a checkpoint restores options, as in torch
+            else:
+                second = copy.deepcopy(first) if how == "copied" else pickle.loads(pickle.dumps(first))
+                params = second.param_groups[0]["params"]
+            drive(second, params, 12, skip=6)
+            assert identical(whole, params), (dtype, how)
+            for q in params:
+                assert all(second.state[q][moment].dtype == torch.float32 for moment in MOMENTS[name])
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    makers = {**MAKERS, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    for saved, ours in (("adamw", "nsf"), ("sgd", "nsf"), ("lcam", "nsf"), ("sgd", "lcam"), ("nsf", "lcam")):
+        theirs = parameters()
+        other = makers[saved](theirs)
+        drive(other, theirs, 1)
+        optimizer = MAKERS[ours](parameters())
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(ValueError, match=rf"Invalid state for {ours.upper()}: .* saved by another optimizer"):
+            optimizer.load_state_dict(other.state_dict())
+        assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_states_of_another_shape_are_refused(name):
+    """A larger vocabulary, for one; and no state, however it came there, writes outside of its memory."""
+    small, large = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(40))
+    optimizer = MAKERS[name]([large])
+    moment = MOMENTS[name][0]
+    with pytest.raises(ValueError, match=rf"{moment} of shape \(5,\) for a parameter of shape \(40,\)"):
+        optimizer.load_state_dict(started(name, [small]).state_dict())
+    assert not optimizer.state
+    for path in PATHS if name == "lcam" else ("default", "foreach", "reference"):
+        around = torch.zeros(60)
+        optimizer = MAKERS[name]([large], **PATHS[path])
+        optimizer.state[large].update({"step": torch.zeros(()), **dict.fromkeys(MOMENTS[name], around[:5])})
+        large.grad = torch.ones(40)
+        with pytest.raises((RuntimeError, ValueError)):
+            optimizer.step()
+        assert torch.equal(around[5:], torch.zeros(55))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nsf_starts_anew_where_a_state_is_empty_or_incomplete(dtype):
+    """Also where a wrapper, as schedule_free's, has put states of its own before the first step."""
+    for left in ((), ("step",), ("exp_avg", "exp_avg_sq"), ("step", "exp_avg")):
+        params = parameters(dtype)
+        state = copy.deepcopy(started("nsf", params).state_dict())
+        kept = copy.deepcopy(state)
+        state["state"][0] = {**{name: state["state"][0][name] for name in left}, "z": torch.ones(2)}
+        del kept["state"][0]  # as of a parameter that had no gradient yet
+        results = []
+        for each in (state, kept):
+            ours = [nn.Parameter(q.detach().clone()) for q in params]
+            optimizer = MAKERS["nsf"](ours)
+            optimizer.load_state_dict(each)
+            drive(optimizer, ours, 2)
+            results.append(ours)
+            assert [int(optimizer.state[q]["step"]) for q in ours[:2]] == [2, 5]
+        assert identical(*results)
+
+
+@pytest.mark.parametrize("kind", [int, float, torch.int64, torch.float64, "one element"])
+def test_counters_of_any_kind_are_loaded(kind):
+    params = parameters()
+    optimizer = started("nsf", params)
+    state = copy.deepcopy(optimizer.state_dict())
+    for values in state["state"].values():
+        step = values["step"]
+        values["step"] = step.reshape(1) if kind == "one element" else kind(step) if callable(kind) else step.to(kind)
+    other = [nn.Parameter(q.detach().clone()) for q in params]
+    loaded = MAKERS["nsf"](other)
+    loaded.load_state_dict(state)
+    drive(optimizer, params, 2)
+    drive(loaded, other, 2)
+    assert identical(params, other) and {s["step"].item() for s in loaded.state.values()} == {5.0}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_hooks_of_load_state_dict_are_heard(name):
+    """A pre-hook may repair shapes and change moments; a post-hook sees the moments as they will be."""
+    params = parameters(torch.bfloat16)
+    state = copy.deepcopy(started(name, params).state_dict())
+    moment, seen = MOMENTS[name][0], []
+    for values in state["state"].values():
+        values[moment] = values[moment].reshape(-1, 1)
+
+    def repair(optimizer, state_dict):
+        state_dict = copy.deepcopy(state_dict)
+        for index, q in enumerate(params):
+            state_dict["state"][index][moment] = state_dict["state"][index][moment].view(q.shape) + 1 / 1024
+        return state_dict
+
+    other = [nn.Parameter(q.detach().clone()) for q in params]
+    optimizer = MAKERS[name](other)
+    optimizer.register_load_state_dict_pre_hook(repair)
+    optimizer.register_load_state_dict_post_hook(
+        lambda optimizer: seen.extend(optimizer.state[q][moment].clone() for q in other)
+    )
+    optimizer.load_state_dict(state)
+    expected = [
+        values[moment].view(q.shape) + 1 / 1024 for q, values in zip(params, state["state"].values(), strict=True)
+    ]
+    assert identical(seen, expected) and all(each.dtype == torch.float32 for each in seen)
+    assert identical([optimizer.state[q][moment] for q in other], expected)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_entries_of_others_in_the_state_are_carried(name):
+    params = parameters()
+    optimizer = started(name, params)
+    optimizer.state["of others"] = 5
+    other = MAKERS[name](params)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.state["of others"] == 5
+    drive(pickle.loads(pickle.dumps(other)), params, 1)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_moments_loaded_in_the_dtype_of_parameters_go_on_in_float32(name):
+    """As torch's own optimizers, and casts of whole checkpoints, leave them."""
+    params = parameters(torch.bfloat16)
+    state = copy.deepcopy(started(name, params).state_dict())
+    for values in state["state"].values():
+        values.update({moment: values[moment].bfloat16() for moment in MOMENTS[name]})
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for values in state["state"].values():
+            values.update({moment: values[moment].to(dtype) for moment in MOMENTS[name]})
+        ours = [nn.Parameter(q.detach().clone()) for q in params]
+        optimizer = MAKERS[name](ours)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        drive(optimizer, ours, 3)
+        assert all(optimizer.state[q][moment].dtype == torch.float32 for q in ours for moment in MOMENTS[name])
+        results.append(ours)
+    assert identical(*results)
+
+
+@pytest.mark.parametrize(("name", "path"), CASES)
+def test_a_model_may_change_its_dtype_between_steps(name, path):
+    """`model.to(dtype)` changes the parameters' data in place, under their states."""
+    dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float32]
+    if path == "fused":
+        dtypes = [torch.float32] * 2 if name == "lcam" else dtypes
+    else:
+        dtypes += [torch.float64, torch.float32]
+    params, exact = parameters(), parameters(torch.float64)
+    optimizer, reference = MAKERS[name](params, **PATHS[path]), MAKERS[name](exact, foreach=False)
+    for index, dtype in enumerate(dtypes):
+        for q in params:
+            q.data = q.data.to(dtype)
+        for e, q in zip(exact, params, strict=True):
+            e.data = q.data.double()
+        drive(optimizer, params, index + 1, skip=index)
+        drive(reference, exact, index + 1, skip=index)
+        for e, q in zip(exact, params, strict=True):
+            assert q.dtype == dtype and all(optimizer.state[q][m].dtype.itemsize >= 4 for m in MOMENTS[name])
+            torch.testing.assert_close(q.detach().double(), e.detach(), rtol=torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_nothing_follows_the_default_device():
+    for name in MAKERS:
+        for dtype in (torch.float32, torch.bfloat16):
+            params, plain = parameters(dtype), parameters(dtype)
+            optimizer, reference = MAKERS[name](params), MAKERS[name](plain)
+            for index, device in enumerate(("cpu", "meta", "meta")):
+                for of, some in ((reference, plain), (optimizer, params)):
+                    for q, value in zip(some, parameters(dtype), strict=True):
+                        q.grad = value.detach() * (index + 1)
+                    with torch.device(device if of is optimizer else "cpu"):
+                        of.step()
+            assert identical(params, plain)
+            tensors = [value for state in optimizer.state.values() for value in state.values()]
+            assert all(value.device.type == "cpu" for value in tensors)
+            with torch.device("meta"):
+                loaded = MAKERS[name](params)
+                loaded.load_state_dict(optimizer.state_dict())
+                if name == "lcam":
+                    LossPhase(loaded).step(1.0)
+            assert all(value.device.type == "cpu" for state in loaded.state.values() for value in state.values())
+
+
+@pytest.mark.parametrize(("name", "path"), CASES)
+def test_autograd_sees_that_parameters_have_changed(name, path):
+    """A second backward() through the old weights raises; torch's fused kernels alone would let it pass."""
+    dtypes = [torch.float32] if (name, path) == ("lcam", "fused") else [torch.float32, torch.bfloat16]
+    options = [{}] if name == "lcam" else [{"p": 0.5}, {"p": 0.1}, {"p": 0.1, "grafting": "none"}]
+    for dtype in dtypes:
+        for each in options:
+            for size in (10, 200_000):
+                q = nn.Parameter(torch.ones(size, dtype=dtype))
+                loss = (q * q).sum()
+                loss.backward(retain_graph=True)
+                MAKERS[name]([q], **each, **PATHS[path]).step()
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    loss.backward()
+
+
+def test_both_leave_options_of_schedulers_alone():
+    """CosineAnnealingLR writes lr, OneCycleLR also momentum or betas: the last writer wins, and steps follow."""
+    for cls, group in ((NSF, "betas"), (LCAM, "momentum")):
+        params = parameters()
+        optimizer = cls(params, lr=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=4)
+        seen = []
+        for index in range(3):
+            drive(optimizer, params, index + 1, skip=index)
+            seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0][group]))
+            schedule.step()
+        assert len(set(seen)) == 3
