@@ -230,9 +230,10 @@ class NSF(Optimizer):
         """Exponent of the last step of the first parameter group; before any, that of the first step."""
         return p_at(0, self.param_groups[0]) if self._last_p is None else self._last_p
 
+    @torch.compiler.disable  # compiled, each new p would compile it again
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient. `torch.compile` leaves a step as it is (a graph break).
 
         Args:
             closure: re-evaluates the model and returns the loss.
