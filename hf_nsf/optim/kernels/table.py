@@ -54,7 +54,11 @@ def sizes(buckets: list[Bucket]) -> tuple[int, ...]:
 
 
 def addresses(buckets: list[Bucket]) -> np.ndarray:
-    """Where each tensor's data begin: (N, 5) int64, columns as in ADDRESSES; 0 where there is no such tensor."""
+    """Where each tensor's data begin: (N, 5) int64, columns as in ADDRESSES; 0 where there is no such tensor.
+
+    Raises:
+        RuntimeError: the memory of a tensor has been freed (`untyped_storage().resize_(0)`), which no kernel would see.
+    """
     rows = np.zeros((len(ADDRESSES), sum(len(bucket.params) for bucket in buckets)), dtype=np.int64)
     low = 0
     for b in buckets:
@@ -62,6 +66,8 @@ def addresses(buckets: list[Bucket]) -> np.ndarray:
         for row, tensors in zip(rows, (b.params, b.grads, b.exp_avgs, b.exp_avg_sqs, b.kahan_comps), strict=True):
             if tensors is not None:
                 row[low:high] = list(map(Tensor.data_ptr, tensors))
+                if not row[low:high].all() and any(q.numel() and not q.data_ptr() for q in tensors):
+                    raise RuntimeError("NSF cannot step a parameter whose memory, or that of its gradient, was freed.")
         low = high
     return rows.T
 
