@@ -13,7 +13,7 @@ from torch.optim import SGD
 from torch.optim.sgd import sgd
 
 from .checks import as_float, check_at_least_zero, check_choice, check_decay, check_flag, check_paths
-from .dtensor import is_sharded
+from .dtensor import grad_shards, is_sharded, to_local
 from .low_precision import LOW_PRECISION, kahan_round, kahan_value, load_state
 from .pieces import chunk_by_numel, same_dense_layout
 
@@ -198,6 +198,8 @@ class LCAM(SGD):
         mu, lr, decay, dampening = group["momentum"], group["lr"], group["weight_decay"], group["dampening"]
         lr = lr.item() if isinstance(lr, Tensor) else lr
         rows: dict[tuple[Any, ...], list[Any]] = {}
+        dtensors = [q for q in params if is_sharded(q)]
+        shards = grad_shards(dtensors)
         for param in params:
             state, buf, is_first = self.state[param], None, False
             if (
@@ -210,8 +212,9 @@ class LCAM(SGD):
                 # A buffer of kahan_sum=False is of the parameter's dtype.
                 buf = torch.zeros_like(param, dtype=torch.float32) if is_first else buf.to(torch.float32)
                 state["momentum_buffer"] = buf
-            row = (param, param.grad, state["kahan_comp"], *([] if buf is None else [buf]))
-            rows.setdefault((param.dtype, param.device, type(param), is_first), []).append(row)
+            grad = next(shards) if is_sharded(param) else param.grad
+            row = (param, grad, state["kahan_comp"], *([] if buf is None else [buf]))
+            rows.setdefault((param.dtype, param.device, is_first), []).append(tuple(map(to_local, row)))
         for (*_, is_first), some in rows.items():
             for _, pieces in chunk_by_numel(some, None if group["foreach"] is False else PIECE):
                 theta, grads, comps, *bufs = map(list, zip(*pieces, strict=True))
@@ -230,6 +233,8 @@ class LCAM(SGD):
                         g = buf
                 torch._foreach_add_(values, g, alpha=-lr)
                 kahan_round(theta, comps, values)
+        if dtensors:
+            torch.autograd.graph.increment_version(dtensors)  # their shards have versions of their own
 
 
 def _check_fused(param: Any, buf: Tensor | None) -> None:

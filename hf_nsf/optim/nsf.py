@@ -287,7 +287,8 @@ class NSF(Optimizer):
         groups = self.param_groups
         if any(q.grad is not None and q.grad.is_sparse for group in groups for q in group["params"]):
             raise RuntimeError("NSF takes no sparse gradients; use torch.nn.Embedding(sparse=False).")
-        shards = grad_shards([q for group in groups for q in group["params"] if is_sharded(q) and q.grad is not None])
+        dtensors = [q for group in groups for q in group["params"] if is_sharded(q) and q.grad is not None]
+        shards = grad_shards(dtensors)
         found: dict[tuple[Path, int, float], Bucket] = {}
         counters: list[Tensor] = []
         sharded: list[Sharded] = []
@@ -320,6 +321,8 @@ class NSF(Optimizer):
                 bucket.append(param, grad, m, v, comp)
             if index == 0 and scalars:
                 self._last_p = next(iter(scalars.values())).p
+        if dtensors:
+            torch.autograd.graph.increment_version(dtensors)  # their shards have versions of their own
         work: dict[Path, list[Bucket]] = {}
         for (path, _, _), bucket in found.items():
             work.setdefault(path, []).append(bucket)
