@@ -64,7 +64,11 @@ def _torch_adamw(buckets: list[Bucket]) -> None:
 
 
 _EAGER = Halves(nsf_update.first_half, nsf_update.second_half, nsf_update.whole_step)
-_REFERENCE = Halves(*(functools.partial(half, numel=None) for half in _EAGER))
+_REFERENCE = Halves(
+    functools.partial(nsf_update.first_half, numel=None),
+    functools.partial(nsf_update.second_half, numel=None),
+    functools.partial(nsf_update.whole_step, numel=None),
+)
 _TORCH = Halves(nsf_update.first_half, nsf_update.second_half, _torch_adamw)
 
 
@@ -230,7 +234,7 @@ class NSF(Optimizer):
         """Exponent of the last step of the first parameter group; before any, that of the first step."""
         return p_at(0, self.param_groups[0]) if self._last_p is None else self._last_p
 
-    @torch.compiler.disable  # compiled, each new p would compile it again
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, each new p would compile it again
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient. `torch.compile` leaves a step as it is (a graph break).
@@ -329,7 +333,7 @@ class NSF(Optimizer):
         return work, counters, sharded
 
     def _state_of(self, param: Any, group: dict[str, Any]) -> dict[str, Any]:
-        state = self.state[param]
+        state: dict[str, Any] = self.state[param]
         dtype = torch.promote_types(param.dtype, torch.float32)
         # Other states may be there: wrappers of optimizers keep their own.
         if not ("step" in state and "exp_avg" in state and "exp_avg_sq" in state):
@@ -369,7 +373,7 @@ def _reduce(sharded: list[Sharded], work: dict[Path, list[Bucket]], sums: dict[P
     """
     rows: dict[int, Tensor] = {}
     for path, reduced in sums.items():
-        parts = reduced.split([len(bucket.params) for bucket in work[path]])
+        parts = torch.split(reduced, [len(bucket.params) for bucket in work[path]])
         rows.update(zip(map(id, work[path]), parts, strict=True))
     pairs = []
     for param, bucket, row in sharded:
