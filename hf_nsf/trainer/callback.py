@@ -38,15 +38,16 @@ class PhaseCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._optimizer: Any = None
         self._begin()
 
-    def _begin(self) -> None:
+    def _begin(self, total_steps: int = 1) -> None:
         """Forget the last run."""
+        self._total_steps = total_steps
+        self._optimizer: Any = None
         self._loss: torch.Tensor | None = None
-        self._micro_batches = self._most = self._undecided = 0
+        self._micro_batches = self._most = self._left_out = 0
         self._inside_epoch = self._has_mean = False
-        self._written: list[float] | None = None
+        self._written: list[float] = []
         self._last_seen: Any = None
         self._used: dict[str, float] = {}
         self._said: set[str] = set()
@@ -72,51 +73,49 @@ class PhaseCallback(TrainerCallback):
             self._loss = loss.clone() if self._loss is None else self._loss + loss
             self._micro_batches += 1
 
-    def on_init_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_init_end(self, args, state, control, **kwargs):
         """Refuse invalid `optim_args` when the Trainer is made."""
         name = str(getattr(args.optim, "value", args.optim))
         if name in OPTIMIZERS and not parse_optim_args(name, args.optim_args, args.device):
             args.optim_args = None  # the Trainer's own parser, which comes before our handlers, fails at blanks
 
-    def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):  # type: ignore[no-untyped-def]
+    def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):
         """Start anew, or restore what a checkpoint does not hold."""
-        self._begin()
+        self._begin(max(state.max_steps, 1))  # with max_steps=0 a Trainer makes one update
         ours = self._follow(optimizer)
         if not isinstance(ours, (LCAM, NSF)):
             return
+        accumulation = args.gradient_accumulation_steps
         try:
             batches = len(train_dataloader)
-        except (TypeError, NotImplementedError):  # a stream: one epoch, to the Trainer
-            batches = max(state.max_steps, 1) * args.gradient_accumulation_steps
-        updates = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+        except (TypeError, NotImplementedError):  # a stream, which the Trainer takes for one epoch
+            batches = self._total_steps * accumulation
+        updates = max(math.ceil(batches / accumulation), 1)
         _check_ranks(ours, state.max_steps, updates)
-        self._set_total_steps(ours, state)
         if state.global_step == 0:
             if isinstance(ours, LCAM):
                 LossPhase(ours).restart()
             return
-        # As the Trainer finds its place: the checkpoint's state.epoch may be that of other batches.
+        # As the Trainer finds its place; the checkpoint's state.epoch may be that of other batches.
         self._inside_epoch = not args.ignore_data_skip and state.global_step % updates != 0
-        self._most = min(batches, args.gradient_accumulation_steps)
+        self._most = min(batches, accumulation)
         self._has_mean = ours.param_groups[0].get("loss_count", 0) > 0
         if not (ours.state or self._has_mean):
-            self._warn(
-                "The checkpoint has no optimizer state (save_only_model?): "
-                f"{type(ours).__name__} starts anew, its buffers are empty."
-            )
+            name = type(ours).__name__
+            self._warn(f"{name} starts anew: the checkpoint holds no optimizer state (save_only_model=True?).")
 
-    def on_epoch_begin(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+    def on_epoch_begin(self, args, state, control, optimizer=None, **kwargs):
         """Start the epoch's mean anew, unless a resumed run stands inside its epoch."""
         ours = self._follow(optimizer)
         if isinstance(ours, LCAM) and not self._inside_epoch:
             LossPhase(ours).start_epoch()
         self._inside_epoch = False
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
-        """Serve an optimizer, or a parameter group, that is new."""
-        self._set_total_steps(self._follow(optimizer), state, only_missing=True)
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        """Follow an optimizer that is new, before its first loss."""
+        self._follow(optimizer)
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Note what this step uses, for the log."""
         ours = self._follow(optimizer)
         if not isinstance(ours, LCAM):
@@ -125,42 +124,47 @@ class PhaseCallback(TrainerCallback):
         self._used = {"lcam_momentum": float(group["momentum"]), "lcam_loss_phase": group["loss_phase"]}
         if self._has_mean:
             self._used["lcam_loss_mean"] = group["loss_mean"]
-        if self._written is not None and self._written != [g["momentum"] for g in ours.param_groups[: len(self._written)]]:
+        if any(group["momentum"] != mu for group, mu in zip(ours.param_groups, self._written, strict=False)):
             self._warn(
-                "Something else than LCAM's loss phase writes its momentum, and the last writer wins: OneCycleLR and "
-                "CyclicLR do so unless cycle_momentum=False."
+                "Something else writes LCAM's momentum between its decisions, and the last writer wins: OneCycleLR and "
+                "CyclicLR do so, unless cycle_momentum=False."
             )
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Decide the momentum of the next update. Runs on all ranks after each step, skipped ones included."""
         ours = self._follow(optimizer)
         if isinstance(ours, NSF):
             self._used = {"nsf_p": ours.last_p}
         if not isinstance(ours, LCAM):
             return
-        loss, micro_batches = self._loss, self._micro_batches
-        self._loss, self._micro_batches = None, 0
-        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        group, skipped = ours.param_groups[0], bool(getattr(optimizer, "step_was_skipped", False))
+        loss, micro_batches = self._take_loss()
         if loss is None:
-            self._warn_unheard(ours.param_groups[0], skipped)
+            seen = group["loss_count"], group["loss_mean"]
+            if seen == self._last_seen and not skipped:  # nor has a PhaseCallback that the user has added heard one
+                self._warn(
+                    "LCAM hears no loss, so its momentum stays as it is: this Trainer's training_step does not call "
+                    "transformers.Trainer's. Let it call hf_nsf.PhaseCallback.of(self).observe(loss)."
+                )
+            self._last_seen = seen
             return
         self._most = max(self._most, micro_batches)
         whole = micro_batches == min(self._most, args.gradient_accumulation_steps)
         LossPhase(ours).step(loss, skipped=skipped or not whole)
-        self._has_mean = self._has_mean or ours.param_groups[0]["loss_count"] > 0
+        self._has_mean = self._has_mean or group["loss_count"] > 0
         self._written = [group["momentum"] for group in ours.param_groups]
-        self._undecided = 0 if whole else self._undecided + 1
-        if self._undecided == 10:
+        self._left_out = 0 if whole else self._left_out + 1
+        if self._left_out == 10:
             self._warn(
-                f"LCAM has left out 10 updates in a row: the last had {micro_batches} micro-batches where "
-                f"gradient_accumulation_steps is {args.gradient_accumulation_steps}, so its loss cannot be compared."
+                f"LCAM's momentum stays as it is: the last 10 updates had other numbers of micro-batches (the last had "
+                f"{micro_batches}) than gradient_accumulation_steps={args.gradient_accumulation_steps}."
             )
 
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_step_end(self, args, state, control, **kwargs):
         """Drop losses heard since the update: the Trainer has just dropped their gradients."""
-        self._loss, self._micro_batches = None, 0
+        self._take_loss()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+    def on_log(self, args, state, control, logs=None, **kwargs):
         """Add the values used to the log of a training loss, before trackers see it."""
         if self._used and logs is not None and "loss" in logs:
             logs.update(self._used)
@@ -168,31 +172,25 @@ class PhaseCallback(TrainerCallback):
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
                 state.log_history[-1].update(self._used)
 
-    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_train_end(self, args, state, control, **kwargs):
         """Let go of the optimizer, so that its memory can be freed."""
         self._optimizer = None
 
     def _follow(self, optimizer: Any) -> Any:
-        """The optimizer of an event; what is known of another one is forgotten."""
+        """The optimizer of an event, unwrapped; what is known of another one is forgotten."""
         optimizer = unwrap_optimizer(optimizer)
         if optimizer is not self._optimizer:
-            self._optimizer, self._written, self._has_mean, self._used = optimizer, None, False, {}
+            self._optimizer, self._written, self._has_mean, self._used = optimizer, [], False, {}
+        if isinstance(optimizer, NSF):
+            for group in optimizer.param_groups:
+                group["total_steps"] = self._total_steps
         return optimizer
 
-    def _set_total_steps(self, optimizer: Any, state: Any, only_missing: bool = False) -> None:
-        for group in optimizer.param_groups if isinstance(optimizer, NSF) else ():
-            if not only_missing or group["total_steps"] is None:
-                group["total_steps"] = max(state.max_steps, 1)  # with max_steps=0 a Trainer makes one update
-
-    def _warn_unheard(self, group: dict[str, Any], skipped: bool) -> None:
-        """Warn if nobody has heard a loss; another PhaseCallback, which the user added, may have."""
-        seen = group["loss_count"], group["loss_mean"]
-        if seen == self._last_seen and not skipped:
-            self._warn(
-                "LCAM hears no training loss, so its momentum stays as it is: this Trainer's training_step does not call "
-                "that of transformers.Trainer. Let it call hf_nsf.PhaseCallback.of(self).observe(loss)."
-            )
-        self._last_seen = seen
+    def _take_loss(self) -> tuple[torch.Tensor | None, int]:
+        """The sum of the losses heard, and their number."""
+        heard = self._loss, self._micro_batches
+        self._loss, self._micro_batches = None, 0
+        return heard
 
     def _warn(self, text: str) -> None:
         if text not in self._said:

@@ -26,7 +26,9 @@ _ELSEWHERE = {
     "maximize": "the Trainer minimizes its loss",
     "total_steps": "the Trainer sets it to the number of its updates",
 }
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # float() takes 1_0 and other scripts' digits
+_NULLS = ("None", "null", "Null", "NULL")  # of Python and YAML; grafting=none is a word
+# float() would take 1_0 and the digits of other scripts too.
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def _number(text: str) -> float:
@@ -94,14 +96,14 @@ def parse_optim_args(optim: str, text: str | None, device: Any = "cpu") -> dict[
         if key not in readers:
             near = difflib.get_close_matches(key, readers, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"Invalid optim_args: optim={optim} has no option {_shown(key)!r} (value {_shown(value)}), did you mean "
-                f"{near!r}? {form}."
+                f"Invalid optim_args: optim={optim} has no option {_shown(key)!r} (value {_shown(value)}), did you "
+                f"mean {near!r}? {form}."
             )
         if key in found:
             raise ValueError(f"Invalid optim_args: {key} is given twice, the second time as {key}={_shown(value)}.")
         read, allowed = readers[key]
         try:
-            found[key] = None if value.lower() in ("none", "null") else read(value)
+            found[key] = None if value in _NULLS else read(value)
         except (KeyError, ValueError):
             raise ValueError(f"Invalid {key}: {key}={_shown(value)}, allowed is {allowed}.") from None
     options = {key: value for key, value in found.items() if value is not None}

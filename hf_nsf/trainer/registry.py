@@ -107,8 +107,8 @@ def _hearing(training_step: Any) -> Any:
             callback.observe(loss)
         elif isinstance(unwrap_optimizer(self.optimizer), (LCAM, NSF)):
             logger.warning_once(
-                "This Trainer has no PhaseCallback: LCAM's momentum stays as it is, and NSF does not know the number of "
-                "updates. Put it back with trainer.add_callback(hf_nsf.PhaseCallback)."
+                "This Trainer has no PhaseCallback: LCAM's momentum stays as it is, and NSF knows no total_steps. "
+                "Put it back with trainer.add_callback(hf_nsf.PhaseCallback)."
             )
         return loss
 
@@ -137,5 +137,5 @@ def unregister() -> None:
             _remove_name(enum, value)
     host.DEFAULT_CALLBACKS[:] = _without_ours(host.DEFAULT_CALLBACKS)
     training_step = host.Trainer.training_step
-    if getattr(training_step, "_hf_nsf", None) is training_step:
+    if vars(training_step).get("_hf_nsf") is training_step:  # else another has wrapped ours, which then stays
         host.Trainer.training_step = training_step.__wrapped__

@@ -72,7 +72,7 @@ def test_torch_compile(model, windows, backend, optimizer, tmp_path):
         torch_compile=True, torch_compile_backend=backend, max_grad_norm=0.0, **OPTIMIZERS[optimizer],
     )  # fmt: skip
     trainer = Trainer(model=model(), args=args, train_dataset=Rows(model is llama))
-    with torch._dynamo.config.patch(error_on_recompile=True):  # asking for short windows compiles nothing either
+    with torch._dynamo.config.patch(error_on_recompile=True):
         trainer.train()
     assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -82,11 +82,10 @@ def test_torch_compile(model, windows, backend, optimizer, tmp_path):
         expected = hf_nsf.p_schedule(range(3 * updates), p_min=-0.25, p_max=0.5, cycles=2, total_steps=3 * updates)
         assert [entry["nsf_p"] for entry in logs] == expected
         return
-    momentum, mean = 0.9, None
+    momentum, seen = 0.9, []
     for index, entry in enumerate(logs):
-        seen = losses[index - index % updates : index + 1]
-        assert (entry["lcam_momentum"], entry.get("lcam_loss_mean")) == (momentum, mean), index
-        mean = sum(seen) / len(seen)
-        momentum = 0.8 if entry["loss"] < mean else 0.9
-    answer = trainer.optimizer.optimizer.param_groups[0]["loss_windows_average"]
-    assert answer == (1 if windows > 1 else -1)
+        assert entry["lcam_momentum"] == momentum, index
+        seen = seen if index % updates else []
+        if windows == 1 or index % 3 < 2:  # the last window of an epoch is shorter
+            seen.append(entry["loss"])
+            momentum = 0.8 if entry["loss"] < sum(seen) / len(seen) else 0.9

@@ -47,12 +47,13 @@ def bert():
     return BertForSequenceClassification(config)
 
 
-def check_log(history, optimizer, low=0.8, p_min=-0.25, per_epoch=8):
+def check_log(history, optimizer, low=0.8, p_min=-0.25, per_epoch=8, first=0):
     """The momenta follow from the logged losses, or p from its schedule; and the loss falls over three epochs."""
     logs = [entry for entry in history if "loss" in entry]
     assert len(logs) == 3 * per_epoch
     if optimizer == "nsf":
-        schedule = p_schedule(range(len(logs)), p_min=p_min, p_max=0.5, cycles=2, total_steps=len(logs))
+        steps = range(first, first + len(logs))
+        schedule = p_schedule(steps, p_min=p_min, p_max=0.5, cycles=2, total_steps=len(logs))
         assert [entry["nsf_p"] for entry in logs] == pytest.approx(schedule, abs=1e-12)
     else:
         momentum, losses = 0.9, []
@@ -79,7 +80,10 @@ def test_seq2seq_trainer(optimizer, tmp_path):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_auto_find_batch_size(optimizer, tmp_path):
-    """The first try, with 8 rows, runs out of memory in its third update; the next one has its own phases and p."""
+    """The first try, with 8 rows, runs out of memory in its third update; the next one has its own phases.
+
+    The Trainer keeps the optimizer, so NSF's cycle goes on from the two updates made.
+    """
     set_seed(1)
     tries = []
 
@@ -95,7 +99,8 @@ def test_auto_find_batch_size(optimizer, tmp_path):
     trainer = Small(model=bert(), args=args, train_dataset=Copies(sequence=False))
     trainer.train()
     assert tries[:3] == [8, 8, 8] and tries[-1] < 8
-    check_log(trainer.state.log_history, optimizer, per_epoch=-(-32 // max(tries[3:])))  # the second try's alone
+    # The second try's alone.
+    check_log(trainer.state.log_history, optimizer, per_epoch=-(-32 // max(tries[3:])), first=2)
 
 
 def test_optuna_searches_over_optim_and_its_options(tmp_path):
@@ -128,3 +133,15 @@ def test_optuna_searches_over_optim_and_its_options(tmp_path):
         sampler=optuna.samplers.GridSampler(choices),
     )  # fmt: skip
     assert sorted(seen) == [("lcam", 0.7), ("lcam", 0.8), ("nsf", -0.25), ("nsf", 0.25)]
+
+
+def test_a_search_with_one_string_for_both_is_refused_in_one_sentence(tmp_path):
+    """The space above has a string for each optimizer."""
+    pytest.importorskip("optuna")
+    args = TrainingArguments(output_dir=str(tmp_path), **COMMON, **OPTIMIZERS["lcam"])
+    data = Copies(sequence=False)
+    trainer = Trainer(model_init=lambda trial=None: bert(), args=args, train_dataset=data, eval_dataset=data)
+    with pytest.raises(ValueError, match="optim=nsf has no option 'low_loss_momentum'"):
+        trainer.hyperparameter_search(
+            hp_space=lambda trial: {"optim": trial.suggest_categorical("optim", ["nsf"])}, n_trials=1, backend="optuna"
+        )

@@ -2,6 +2,7 @@
 """The names in transformers: added once, everywhere, and taken back completely."""
 
 import copy
+import functools
 import importlib
 import json
 import pickle
@@ -13,9 +14,9 @@ import torch
 import transformers
 import yaml
 from packaging.version import Version
+from trainer_runs import check_rule, make_trainer
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers import trainer as host_trainer
-from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 
 import hf_nsf
@@ -50,51 +51,83 @@ def test_arguments_from_code_command_line_json_and_yaml(name, tmp_path, capsys):
         assert name in capsys.readouterr().out
 
 
-def test_training_args_bin_loads_in_a_process_without_the_import(tmp_path):
+# In a process of its own, for it leaves transformers' modules reloaded.
+SCRIPT = """
+import importlib, pickle, sys
+import torch, transformers
+from transformers import Trainer, trainer as host, trainer_optimizer, training_args
+
+def found():
+    enums = [module.OptimizerNames for module in (training_args, host, trainer_optimizer)]
+    return [[set(vars(e)), list(e), list(e._member_names_), list(e._value2member_map_),
+             list(getattr(e, "_hashable_values_", []))] for e in enums] + [
+        dict(host._OPTIMIZER_HANDLERS), list(host.DEFAULT_CALLBACKS), vars(Trainer).copy()]
+
+before = found()
+assert torch.load(sys.argv[1], weights_only=False).optim.value == "nsf"  # imports hf_nsf
+import hf_nsf
+assert found() != before
+hf_nsf.unregister()
+assert found() == before
+hf_nsf.register(), hf_nsf.register(), hf_nsf.unregister()
+assert found() == before
+hf_nsf.register()
+
+importlib.reload(training_args)
+reloaded = found()
+arguments = lambda: training_args.TrainingArguments(sys.argv[2], optim="nsf", use_cpu=True, report_to="none")
+try:
+    arguments()
+except ValueError:
+    pass
+else:
+    raise AssertionError("the reload has not lost the name")
+hf_nsf.register()
+args = arguments()
+assert args.optim is training_args.OptimizerNames.NSF and pickle.loads(pickle.dumps(args.optim)) is args.optim
+assert "lcam" in [e.value for e in training_args.OptimizerNames]
+model = torch.nn.Linear(2, 2)
+trainer = Trainer(model=model, args=args, train_dataset=[0])
+assert type(trainer.create_optimizer()) is hf_nsf.NSF
+assert Trainer(model=model, args=transformers.TrainingArguments(
+    sys.argv[2], optim="lcam", use_cpu=True, report_to="none")).create_optimizer().param_groups[0]["momentum"] == 0.95
+hf_nsf.unregister()
+assert not [e for module in (training_args, host, trainer_optimizer) for e in module.OptimizerNames if e.value == "nsf"]
+assert found()[3:] == before[3:]
+"""
+
+
+def test_unregister_restores_all_and_register_works_after_a_reload(tmp_path):
     torch.save(TrainingArguments(str(tmp_path), optim="nsf", report_to="none"), tmp_path / "training_args.bin")
-    code = f"import torch; print(torch.load({str(tmp_path / 'training_args.bin')!r}, weights_only=False).optim.value)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "nsf", done.stderr
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "training_args.bin"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
-def test_register_is_idempotent_and_survives_reload():
-    train = Trainer.train
+def test_register_is_idempotent_and_survives_a_reload_of_hf_nsf(tmp_path):
+    training_step, train = Trainer.training_step, Trainer.train
     hf_nsf.register()
     importlib.reload(hf_nsf)
-    assert Trainer.train is train
-    assert [c.__name__ for c in host_trainer.DEFAULT_CALLBACKS].count("SpectralCallback") == 1
-    assert [m.value for m in OptimizerNames].count("nsf") == 1
+    assert Trainer.training_step is training_step and Trainer.train is train and not hasattr(train, "__wrapped__")
+    assert [c.__name__ for c in host_trainer.DEFAULT_CALLBACKS].count("PhaseCallback") == 1
+    assert [member.value for member in OptimizerNames].count("nsf") == 1
 
 
-def test_unregister_restores_transformers_exactly():
-    def snapshot():
-        return (
-            dict(vars(OptimizerNames)).keys(),
-            list(OptimizerNames),
-            list(OptimizerNames._member_names_),
-            list(OptimizerNames._value2member_map_),
-            list(getattr(OptimizerNames, "_hashable_values_", [])),
-            dict(_OPTIMIZER_HANDLERS),
-            list(host_trainer.DEFAULT_CALLBACKS),
-            Trainer.train,
-        )
+def test_a_wrapper_of_another_around_ours_is_kept_and_no_loss_is_heard_twice(tmp_path, monkeypatch):
+    ours = Trainer.training_step
 
-    code = (
-        "import copy, transformers; from transformers import Trainer; from transformers import trainer as t\n"
-        "from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS as H\n"
-        "from transformers.training_args import OptimizerNames as O\n"
-        "def snap(): return (set(vars(O)), list(O), list(O._member_names_), list(O._value2member_map_),"
-        " list(getattr(O, '_hashable_values_', [])), dict(H), list(t.DEFAULT_CALLBACKS), Trainer.train)\n"
-        "before = snap(); import hf_nsf; during = snap(); assert during != before\n"
-        "hf_nsf.unregister(); assert snap() == before; hf_nsf.register(); hf_nsf.unregister(); assert snap() == before"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    during = snapshot()
+    @functools.wraps(ours)
+    def theirs(self, *args, **kwargs):
+        return ours(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", theirs)
+    hf_nsf.register()
+    assert Trainer.training_step is theirs
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    check_rule(trainer)
     hf_nsf.unregister()
     try:
-        with pytest.raises(ValueError, match="nsf"):
-            OptimizerNames("nsf")
+        assert Trainer.training_step is theirs
     finally:
         hf_nsf.register()
-    assert snapshot()[2:5] == during[2:5]

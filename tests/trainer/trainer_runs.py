@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny Trainer runs that write down what happened, and LCAM's rule applied to it by a loop of the tests' own."""
 
+import atexit
+import gc
+
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+gc.collect()
+gc.freeze()  # the Trainer collects garbage at every start, over all that has been imported
+atexit.register(gc.unfreeze)
 
 LOW, HIGH = 0.8, 0.9
 OPTIMIZERS = {
@@ -65,7 +72,8 @@ class Averages(nn.Module):
 
     def forward(self, x, labels=None):
         logits = self.layers(x.to(self.layers[0].weight.dtype))
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
 
 
 class Sums(Averages):
@@ -100,8 +108,10 @@ class Watch(TrainerCallback):
         self.trainer.events.append(("epoch", None))
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        momentum = optimizer.optimizer.param_groups[0].get("momentum")
-        self.trainer.events.append(("update", (momentum, args.gradient_accumulation_steps)))
+        self.trainer.events.append(("momentum", optimizer.optimizer.param_groups[0].get("momentum")))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.events.append(("update", args.gradient_accumulation_steps))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.events.append(("zero_grad", None))
@@ -153,7 +163,7 @@ def windows(events):
 
 def used(events):
     """The momentum of each update."""
-    return [value[0] for kind, value in events if kind == "update"]
+    return [value for kind, value in events if kind == "momentum"]
 
 
 def by_the_rule(events, inside_epoch=False, momentum=HIGH, mean=(0.0, 0), most=0, decay=None):
@@ -169,10 +179,11 @@ def by_the_rule(events, inside_epoch=False, momentum=HIGH, mean=(0.0, 0), most=0
         inside_epoch = inside_epoch and kind != "epoch"
         if kind == "loss":
             window.append(value.float())
-        if kind == "update":
+        if kind == "momentum":
             found.append(momentum)
+        if kind == "update":
             most = max(most, len(window))
-            if len(window) == min(most, value[1]):
+            if len(window) == min(most, value):
                 loss = sum(window).item()
                 count += 1
                 if decay is None:

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which losses decide: the momentum of every update is the one that a loop of the tests' own makes of the losses."""
+
+import collections
+import copy
+
+import pytest
+import torch
+from torch import nn
+from trainer_runs import (
+    HIGH,
+    LOW,
+    Averages,
+    Counts,
+    Stream,
+    Sums,
+    Watched,
+    WrongLength,
+    by_the_rule,
+    check_rule,
+    make_trainer,
+    train_logs,
+    used,
+    windows,
+)
+from transformers import TrainerCallback
+
+import hf_nsf
+
+
+class StopsEpoch(TrainerCallback):
+    """Ends every epoch in the middle of its fourth window."""
+
+    count = 0
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.count += 1
+        control.should_epoch_stop = self.count % 4 == 0
+
+
+class AsksOnceMore(TrainerCallback):
+    """Has the trainer make one training step more, at one kind of event in every fourth update."""
+
+    def __init__(self, event):
+        self.trainer = None
+
+        def asks(args, state, control, **kwargs):
+            if state.global_step % 4 == 2:
+                batch = {key: value[None] for key, value in self.trainer.train_dataset[0].items()}
+                self.trainer.training_step(self.trainer.model, batch)
+
+        setattr(self, event, asks)
+
+
+class Sets(TrainerCallback):
+    """Changes the accumulation after some updates."""
+
+    def __init__(self, changes):
+        self.changes = changes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        args.gradient_accumulation_steps = self.changes.get(state.global_step, args.gradient_accumulation_steps)
+
+
+ACCUMULATE = {"gradient_accumulation_steps": 4}
+STREAM = {"max_steps": 40, "gradient_accumulation_steps": 2}
+EMA = {"optim_args": f"low_loss_momentum={LOW},high_loss_momentum={HIGH},loss_average=ema,loss_ema_decay=0.75"}
+# A name, what the run is made of, the callbacks, and how many updates have which number of micro-batches.
+CASES = [
+    ("no accumulation", {}, [], {1: 33}),
+    ("a short last window, averaged", ACCUMULATE, [], {4: 6, 3: 3}),
+    ("a short last window, summed", {**ACCUMULATE, "model": Sums}, [], {4: 6, 3: 3}),
+    ("a short last window, by items", {**ACCUMULATE, "model": Counts}, [], {4: 6, 3: 3}),
+    ("accumulation beyond the epoch", {"gradient_accumulation_steps": 16, "num_train_epochs": 8, **EMA}, [], {11: 8}),
+    ("a moving average", {**ACCUMULATE, **EMA}, [], {4: 6, 3: 3}),
+    ("bfloat16", {**ACCUMULATE, "model": lambda dropout: Averages().bfloat16()}, [], {4: 6, 3: 3}),
+    ("a stream that does not divide", {**STREAM, "data": Stream()}, [], {2: 33, 3: 7}),
+    ("a stream, summed", {**STREAM, "data": Stream(), "model": Sums}, [], {2: 33, 3: 7}),
+    ("a stream without an end", {**STREAM, "data": Stream(passes=99)}, [], {2: 40}),
+    ("a stream that says too much", {**STREAM, "data": WrongLength(100)}, [], {2: 17, 3: 3}),
+    ("a stream that says too little", {**STREAM, "data": WrongLength(28)}, [], {2: 30, 1: 10}),
+    ("epochs stopped in a window", {"gradient_accumulation_steps": 2}, [StopsEpoch], {2: 7, 3: 2}),
+    ("one step more after an update", {"num_train_epochs": 2}, [lambda: AsksOnceMore("on_step_end")], {1: 17, 2: 5}),
+    ("one step more before an update", {}, [lambda: AsksOnceMore("on_pre_optimizer_step")], {1: 25, 2: 8}),
+    ("one step more whose gradient is dropped", {}, [lambda: AsksOnceMore("on_optimizer_step")], {1: 33}),
+    ("more accumulation in mid-run", {**STREAM, "data": Stream(passes=99)}, [lambda: Sets({9: 4})], {2: 10, 4: 30}),
+    ("less accumulation in mid-run", {**STREAM, "data": Stream(passes=99)}, [lambda: Sets({9: 1})], {2: 9, 1: 31}),
+]
+
+
+@pytest.mark.parametrize(("run", "callbacks", "expected"), [case[1:] for case in CASES], ids=[c[0] for c in CASES])
+def test_every_momentum_is_the_rules(run, callbacks, expected, tmp_path):
+    trainer = make_trainer(tmp_path, **run)
+    for make in callbacks:
+        callback = make()
+        callback.trainer = trainer
+        trainer.add_callback(callback)
+    trainer.train()
+    assert collections.Counter(windows(trainer.events)) == expected
+    check_rule(trainer, decay=0.75 if "optim_args" in run else None)
+    assert [entry["lcam_momentum"] for entry in train_logs(trainer)] == used(trainer.events)
+
+
+def test_losses_of_micro_batches_are_added_in_float32(tmp_path):
+    """What decides is what is logged, though each micro-batch's loss is in bfloat16."""
+    trainer = make_trainer(tmp_path, model=lambda dropout: Sums().bfloat16(), num_train_epochs=4, **ACCUMULATE)
+    trainer.train()
+    assert {loss.dtype for kind, loss in trainer.events if kind == "loss"} == {torch.bfloat16}
+    logs = train_logs(trainer)
+    for before, entry in zip(logs, logs[1:], strict=False):
+        if before["step"] % 3 == 1:  # the first of an epoch is the mean
+            assert entry["lcam_loss_mean"] == before["loss"]
+
+
+class Constant(nn.Module):
+    """A loss that is always the same number, exactly 0 by default."""
+
+    def __init__(self, dropout=0.0, value=0.0):
+        super().__init__()
+        self.weight, self.value = nn.Parameter(torch.ones(6)), value
+
+    def forward(self, x, labels=None):
+        return {"loss": 0.0 * (x @ self.weight).sum() + self.value}
+
+
+def test_a_mean_of_zero_is_logged_once_it_has_decided(tmp_path):
+    trainer = make_trainer(tmp_path, model=Constant)
+    trainer.train()
+    means = [entry.get("lcam_loss_mean") for entry in train_logs(trainer)]
+    assert means == [None] + [0.0] * 32 and used(trainer.events) == [HIGH] * 33
+
+
+class ContainsARun(TrainerCallback):
+    """Trains a deep copy of the running trainer in the middle of one of its windows."""
+
+    def __init__(self, trainer):
+        self.trainer, self.copy = trainer, None
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 4 and self.copy is None:
+            self.copy = "in the making"
+            self.copy = copy.deepcopy(self.trainer)
+            self.copy.train()
+
+
+def test_a_deep_copy_of_the_running_trainer_is_a_run_of_its_own(tmp_path):
+    plain = make_trainer(tmp_path, **ACCUMULATE)
+    plain.train()
+    trainer = make_trainer(tmp_path, **ACCUMULATE)
+    nested = ContainsARun(trainer)
+    trainer.add_callback(nested)
+    trainer.train()
+    assert trainer.optimizer is not nested.copy.optimizer and len(used(nested.copy.events)) == 9
+    check_rule(trainer)
+    assert used(trainer.events) == used(plain.events)
+    assert used(nested.copy.events) == by_the_rule(nested.copy.events)[0]
+
+
+def test_skipped_updates_and_losses_that_are_not_finite_take_no_part(tmp_path):
+    """fp16 with the CPU's GradScaler; the fourth update overflows and the eighth loss is no number."""
+
+    class Overflows(Watched):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.state.global_step == 3:
+                self.model.layers[0].weight.grad.fill_(float("inf"))
+                self.events[-1] = ("skipped", loss)
+            return loss
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + (float("nan") if self.state.global_step == 7 else 0.0)
+
+    trainer = make_trainer(tmp_path, cls=Overflows, num_train_epochs=1)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.accelerator.native_amp = True
+    trainer.train()
+    momenta, losses = used(trainer.events), [value for kind, value in trainer.events if kind == "loss"]
+    assert len(momenta) == 11 and len(losses) == 10 and torch.isnan(losses[6])
+    assert momenta[4] == momenta[3] and momenta[8] == momenta[7]
+    kept = [("loss", loss) for loss in losses if not torch.isnan(loss)]
+    updates = [event for loss in kept for event in (("momentum", None), loss, ("update", 1))]
+    expected, _ = by_the_rule(updates)
+    assert momenta == [*expected[:3], momenta[3], *expected[3:6], momenta[7], *expected[6:]]
+    assert (momenta[3], momenta[7]) == (expected[3], expected[6]) and set(momenta) == {LOW, HIGH}
+
+
+def test_it_follows_an_optimizer_that_a_callback_replaces(tmp_path):
+    """AdamW for 5 updates, LCAM for 12, NSF for the rest: each is driven, and the log tells of the present one."""
+
+    class Replaces(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            cycle = {"p_min": -0.25, "p_max": 0.5, "cycles": 3}
+            new = {
+                5: lambda q: hf_nsf.LCAM(q, lr=0.1, low_loss_momentum=LOW, high_loss_momentum=HIGH),
+                17: lambda q: hf_nsf.NSF(q, lr=0.01, **cycle),
+            }.get(state.global_step)
+            if new is not None:
+                self.trainer.optimizer = self.trainer.accelerator.prepare(new(model.parameters()))
+                self.trainer.callback_handler.optimizer = self.trainer.optimizer
+
+    trainer = make_trainer(tmp_path, "adamw")
+    callback = Replaces()
+    callback.trainer = trainer
+    trainer.add_callback(callback)
+    trainer.train()
+    logs = train_logs(trainer)
+    driven = [(key in entry) for entry in logs for key in ("lcam_momentum", "nsf_p")]
+    assert driven == [False, False] * 5 + [True, False] * 12 + [False, True] * 16
+    updates = [i for i, (kind, _) in enumerate(trainer.events) if kind == "update"]
+    events = trainer.events[updates[4] + 1 : updates[16] + 1]
+    assert [entry["lcam_momentum"] for entry in logs[5:17]] == by_the_rule(events)[0] == used(events)
+    expected = hf_nsf.p_schedule(range(16), p_min=-0.25, p_max=0.5, cycles=3, total_steps=33)
+    assert [entry["nsf_p"] for entry in logs[17:]] == expected
+
+
+def test_data_that_gives_no_update_the_usual_number_is_told(tmp_path, warnings_of):
+    """Passes of 3 micro-batches with an accumulation of 2: every update but the first has 3."""
+    trainer = make_trainer(tmp_path, data=Stream(12), **STREAM)
+    trainer.train()
+    assert collections.Counter(windows(trainer.events)) == {2: 1, 3: 39}
+    assert used(trainer.events) == by_the_rule(trainer.events)[0]
+    assert len(warnings_of) == 1 and "gradient_accumulation_steps=2" in warnings_of[0]
+
+
+@pytest.fixture
+def warnings_of(monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_nsf.trainer.callback.logger.warning", said.append)
+    return said
