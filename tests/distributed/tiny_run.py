@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
 import hf_nsf
+from hf_nsf.optim import loss_phase
 
 OPTIMIZERS = {
     "lcam": {"optim": "lcam", "optim_args": "low_loss_momentum=0.8,high_loss_momentum=0.9", "learning_rate": 0.05},
@@ -41,6 +42,16 @@ class Rows(Dataset):
 
     def __getitem__(self, index):
         return {"x": self.x[index], "labels": self.labels[index]}
+
+
+class Stream(IterableDataset):
+    """The same rows from a source that knows no length."""
+
+    def __init__(self, size=96):
+        self.rows = Rows(size)
+
+    def __iter__(self):
+        return (self.rows[index] for index in range(len(self.rows)))
 
 
 class Averaging(nn.Module):
@@ -127,22 +138,22 @@ class _Dies(TrainerCallback):
 
 
 class _Watches(TrainerCallback):
-    """Notes of each update what the groups know of losses before and after it, and the collectives called in it."""
+    """Notes what `trainer_runs.by_the_rule` reads, and the collectives called before the first step and in each."""
 
     def __init__(self):
-        self.updates, self.collectives = [], [[]]
+        self.events, self.collectives = [], [[]]
 
-    @staticmethod
-    def _known(optimizer):
-        names = ("momentum", "loss_phase", "loss_mean", "loss_sum", "loss_count")
-        return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.events.append(("epoch", None))
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        self.updates.append([self._known(optimizer)])
+    def on_step_begin(self, args, state, control, **kwargs):
         self.collectives.append([])
 
-    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        self.updates[-1].append(self._known(optimizer))
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.events.append(("momentum", optimizer.optimizer.param_groups[0].get("momentum")))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.events.append(("update", args.gradient_accumulation_steps))
 
 
 class _Collectives(TorchDispatchMode):
@@ -160,16 +171,18 @@ class _Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _OwnLosses(Trainer):
-    """Keeps the losses of its own process; on rank 1 those of some updates are NaN, though no gradient is."""
+class _Watched(Trainer):
+    """Notes the losses of its own process; on rank 1 those of some updates are NaN, though no gradient is."""
 
-    nan_at = ()
+    nan_at, events = (), []
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss + float("nan") if self.args.process_index == 1 and self.state.global_step in self.nan_at else loss
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if self.args.process_index == 1 and self.state.global_step in self.nan_at:
-            loss = loss * float("nan")
-        self.own_losses = [*getattr(self, "own_losses", []), loss.item()]
+        self.events.append(("loss", loss.detach().clone()))
         return loss
 
 
@@ -185,44 +198,49 @@ class _EmptyLast:
         return {name: value[: 0 if empty else None] for name, value in default_data_collator(rows).items()}
 
 
+@contextlib.contextmanager
+def _changed(job):
+    """For one job: LCAM deciding from the losses of its own process, or transformers without hf_nsf."""
+    reduced = loss_phase._mean_over_ranks
+    try:
+        if job.pop("local_losses", False):
+            loss_phase._mean_over_ranks = float
+        if job.pop("unregistered", False):
+            hf_nsf.unregister()
+        yield
+    finally:
+        loss_phase._mean_over_ranks = reduced
+        hf_nsf.register()
+
+
 def run_job(job, folder):
     """Make one training; return what this process holds, and what it saw on the way."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     job = dict(job)
-    name, optimizer = job.pop("name"), job.pop("optimizer")
-    other, output = job.pop("on_rank_1", optimizer), Path(folder, job.pop("folder", name))
-    optimizer = other if rank == 1 else optimizer
-    different = job.pop("different_on_rank_1", {})
+    name, optimizer, on_rank_1 = job.pop("name"), job.pop("optimizer"), job.pop("on_rank_1", {})
     if rank == 1:
-        job.update(different)
-    nan_at, empty_last, dies = job.pop("nan_at", ()), job.pop("empty_last", False), job.pop("dies_at", None)
-    resume, local, counts = job.pop("resume", None), job.pop("local_losses", False), job.pop("counts", False)
-    job.setdefault("per_device_train_batch_size", 16 // processes)
-    dataset = Rows(job.pop("size", 96))
-    if nan_at or empty_last:
-        job["cls"] = _OwnLosses
-    if empty_last:
+        optimizer = on_rank_1.pop("optimizer", optimizer)
+        job.update(on_rank_1)
+    output, resume = Path(folder, job.pop("folder", name)), job.pop("resume", None)
+    nan_at, dies, counts = job.pop("nan_at", ()), job.pop("dies_at", None), job.pop("counts", False)
+    dataset = (Stream if job.pop("stream", False) else Rows)(job.pop("size", 96))
+    if job.pop("empty_last", False):
         job["collator"] = _EmptyLast(rank, len(dataset) // 16)
+    job["per_device_train_batch_size"] = job.pop("batch", 16) // processes
 
-    watches, reduced_mean = _Watches(), hf_nsf.LossPhase._mean_over_processes
-    if local:  # the negative control: decide from this process' own loss
-        hf_nsf.LossPhase._mean_over_processes = staticmethod(float)
-    try:
+    watches, error = _Watches(), None
+    with _changed(job):
         callbacks = [watches] if dies is None else [watches, _Dies(dies)]
-        trainer = make_trainer(output, optimizer, dataset=dataset, callbacks=callbacks, **job)
-        trainer.nan_at = nan_at
-        error = None
+        trainer = make_trainer(output, optimizer, dataset=dataset, callbacks=callbacks, cls=_Watched, **job)
+        trainer.nan_at, trainer.events = nan_at, watches.events
         try:
             with _Collectives(watches) if counts else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=resume)
         except ValueError as caught:
             error = str(caught)
-    finally:
-        hf_nsf.LossPhase._mean_over_processes = staticmethod(reduced_mean)
-    result = {"error": error, "collectives": watches.collectives, "processes": processes}
+    result = {"error": error, "collectives": watches.collectives, "events": watches.events, "processes": processes}
     if error is None:
-        own = getattr(trainer, "own_losses", None)
-        result.update(held(trainer), steps=trainer.state.global_step, updates=watches.updates, own_losses=own)
+        result.update(held(trainer), steps=trainer.state.global_step)
     return result
 
 
