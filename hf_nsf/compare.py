@@ -302,7 +302,7 @@ def _round(rate: float) -> float:
 
 
 def _label(run: Run) -> str:
-    return f"{run.optim} at {run.learning_rate:g}"
+    return f"{run.optim}, lr {run.learning_rate:g}"
 
 
 def _or_none(value: float) -> float | None:
