@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -172,9 +173,16 @@ class PhaseCallback(TrainerCallback):
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
                 state.log_history[-1].update(self._used)
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Save the state where hf_nsf.compare asks for it: a script may save nothing, and often evaluates last."""
+        path = os.environ.get("HF_NSF_SAVE_STATE")
+        if path and state.is_world_process_zero and state.global_step:  # not that of another Trainer that evaluates only
+            state.save_to_json(path)
+
     def on_train_end(self, args, state, control, **kwargs):
         """Let go of the optimizer, so that its memory can be freed."""
         self._optimizer = None
+        self.on_evaluate(args, state, control)
 
     def _follow(self, optimizer: Any) -> Any:
         """The optimizer of an event, unwrapped; what is known of another one is forgotten."""
