@@ -5,12 +5,13 @@ One process imports the libraries and then forks every training (one child per r
 second and not ten. A child writes a byte at each step; the parent waits for a random step and a random moment within
 it and sends SIGKILL to all ranks, which also hits saves half-way. Called as
 
-    kill_chain.py OPTIMIZER KILLS PROCESSES FOLDER [STATE_DICT_TYPE]
+    kill_chain.py FOLDER OPTIMIZER KILLS PROCESSES [STATE_DICT_TYPE]
 
 it prints the number of kills that hit a running training, and exits with an error at the first difference. With a type
 of state dict the training is one that FSDP2 shards over the processes.
 """
 
+import json
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ import socket
 import sys
 import time
 import traceback
+import zipfile
 from pathlib import Path
 
 import fsdp_run
@@ -63,9 +65,25 @@ def _free_port():
         return listener.getsockname()[1]
 
 
+def newest_checkpoint(folder, processes):
+    """The newest one that can be resumed, or None.
+
+    The Trainer writes trainer_state.json last of all, but other ranks' random states at the same time.
+    """
+    ranks = [""] if processes == 1 else [f"_{rank}" for rank in range(processes)]
+    for path in sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        if all(zipfile.is_zipfile(path / f"rng_state{rank}.pth") for rank in ranks):
+            return str(path)
+    return None
+
+
 def run(optimizer, folder, processes, state_dict, kill_after=None, delay=0.0):
-    """Fork a training, from the last checkpoint if there is one; whether it ended before it could be killed."""
-    resume = any(Path(folder).glob("checkpoint-*/trainer_state.json"))
+    """Fork a training, from the newest checkpoint if there is one; whether it ended before it could be killed."""
+    resume = newest_checkpoint(folder, processes)
     reading, writing = os.pipe()
     port = _free_port()
     children = []
@@ -100,7 +118,7 @@ def run(optimizer, folder, processes, state_dict, kill_after=None, delay=0.0):
     return False
 
 
-def main(optimizer, kills, processes, folder, state_dict=None):
+def main(folder, optimizer, kills, processes, state_dict=None):
     whole = Path(folder, "whole")
     run(optimizer, whole, processes, state_dict)
     expected = [torch.load(whole / f"final-{rank}.pt", weights_only=True) for rank in range(processes)]
@@ -116,7 +134,7 @@ def main(optimizer, kills, processes, folder, state_dict=None):
             after, delay = draw.randint(1, 14), draw.uniform(0, SPAN[bool(state_dict)])
             if not run(optimizer, broken, processes, state_dict, after, delay):
                 hit += 1
-                resumed += any(broken.glob("checkpoint-*/trainer_state.json"))
+                resumed += newest_checkpoint(broken, processes) is not None
         run(optimizer, broken, processes, state_dict)
         for rank in range(processes):
             ours = torch.load(broken / f"final-{rank}.pt", weights_only=True)
@@ -126,4 +144,4 @@ def main(optimizer, kills, processes, folder, state_dict=None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
