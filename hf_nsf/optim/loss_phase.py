@@ -78,11 +78,10 @@ def _mean_over_ranks(loss: float | Tensor) -> float:
     from accelerate import PartialState
     from accelerate.utils import reduce
 
-    local = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
-    local = local.to(PartialState().device, torch.float32).reshape(()).clone()
+    local = torch.tensor(as_float("loss", loss), dtype=torch.float32, device=PartialState().device)
     world_size = distributed.get_world_size()
     if PartialState().num_processes == world_size:
-        return reduce(local, "mean").item()
+        return float(reduce(local, "mean"))
     # accelerate counts one process where DeepSpeed runs several on a CPU.
     distributed.all_reduce(local)
-    return local.item() / world_size
+    return float(local) / world_size

@@ -24,7 +24,7 @@ from .checks import as_float, check_at_least_zero, check_choice, check_decay, ch
 from .dtensor import grad_shards, is_sharded, sum_over_shards, to_local
 from .low_precision import LOW_PRECISION, load_state
 from .nsf_update import P_RANGE, Bucket, Scalars
-from .p_cycle import CYCLE_OPTIONS, check_cycle, p_at, short_period
+from .p_cycle import CYCLE_OPTIONS, check_cycle, lacks_total, p_at, short_period
 from .pieces import PLAIN, same_dense_layout
 
 logger = logging.getLogger(__name__)
@@ -270,7 +270,9 @@ class NSF(Optimizer):
         return loss
 
     def _warn_of_short_periods(self) -> None:
-        for group in () if self._warned else self.param_groups:
+        if self._warned or any(lacks_total(group) for group in self.param_groups):
+            return
+        for group in self.param_groups:
             period = short_period(group)
             if period is not None:
                 warnings.warn(
@@ -451,10 +453,12 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
 def _scalars(k: float, group: dict[str, Any]) -> Scalars:
     """The numbers of the step that follows k updates."""
     b1, b2 = group["betas"]
-    p = p_at(k, group)
+    lr = _item(group["lr"])
+    # To load a state, torch.distributed.checkpoint makes a step with lr = 0, before a Trainer has set total_steps.
+    p = group["p_max"] if lr == 0 and lacks_total(group) else p_at(k, group)
     return Scalars(
         p=p if abs(p) > 1e-30 else 0.0,  # in float32 it is 0, and a zero to the power of 0 must be 1
-        lr=_item(group["lr"]),
+        lr=lr,
         beta1=_item(b1),
         beta2=_item(b2),
         eps=_item(group["eps"]),

@@ -68,21 +68,26 @@ def check_cycle(options: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _steps_and_cycles(options: dict[str, Any]) -> tuple[float, float]:
+def _steps_and_cycles(options: dict[str, Any]) -> tuple[Any, Any]:
     """A number of updates, and how many cycles they hold."""
     if options["cycle_steps"] is not None:
         return options["cycle_steps"], 1
     total, cycles = options["total_steps"], options["cycles"]
+    if lacks_total(options):
+        raise ValueError(
+            f"Invalid cycles: cycles={cycles!r} needs total_steps, the number of updates of the whole training; "
+            "a Trainer's callback fills it in."
+        )
     if cycles is not None:
-        if total is None:
-            raise ValueError(
-                f"Invalid cycles: cycles={cycles!r} needs total_steps, the number of updates of the whole training; "
-                "a Trainer's callback fills it in."
-            )
         return total, cycles
     if total is None:
         return DEFAULT_CYCLE_STEPS, 1
     return total, max(1, min(DEFAULT_CYCLES, total // _LEAST_DEFAULT_PERIOD))
+
+
+def lacks_total(options: dict[str, Any]) -> bool:
+    """Whether `cycles` is given without the `total_steps` that it needs."""
+    return options["cycles"] is not None and options["total_steps"] is None
 
 
 def p_at(k: float, options: dict[str, Any]) -> float:
@@ -101,7 +106,7 @@ def p_at(k: float, options: dict[str, Any]) -> float:
     # Not k mod (steps / cycles), whose rounding would put some k at the end of a cycle rather than its beginning.
     weight = _SHAPES[options["cycle_shape"]](k * cycles % steps / steps)
     low, high = options["p_min"], options["p_max"]
-    return low + (high - low) * weight
+    return float(low + (high - low) * weight)
 
 
 def short_period(options: dict[str, Any]) -> float | None:
