@@ -66,7 +66,7 @@ def _chunk(
     a_square, u_square = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for start in range(low, high, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        ok = (i < high) | FAST
+        ok = i == i if FAST else i < high  # the compiler knows the former
         m_at, v_at = _at(m, i, tl.float32, FAST), _at(v, i, tl.float32, FAST)
         mi, vi = tl.load(m_at, ok, 0.0), tl.load(v_at, ok, 0.0)
         if WORK != "second":
@@ -166,8 +166,9 @@ def available(device_type: str) -> bool:
 
     On "cuda" the smallest kernel is run once, since Triton also needs a driver and a C compiler.
     """
-    if device_type != "cuda":
-        return device_type == "cpu" and not isinstance(_add_up, triton.JITFunction)
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)  # with torch 2.6; it fails to compile _chunk
+    if old or device_type != "cuda":
+        return not old and device_type == "cpu" and not isinstance(_add_up, triton.JITFunction)
     try:
         zeros = torch.zeros(1, COLUMNS, dtype=torch.int64, device="cuda")
         _add_up[(1, 2)](zeros, zeros.view(torch.float64), zeros.double(), CHUNK, BLOCK, **NO_FUSION)
