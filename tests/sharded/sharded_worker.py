@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of test_sharded.py, started by torchrun: sharded and whole parameters stepped side by side.
+"""Sharded and whole parameters stepped side by side, on as many ranks as asked for.
 
-With --half_a_run it makes half of a training, the second half if the folder given holds the first.
+With --half_a_run they make half of a training, the second half if the folder given holds the first.
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forks import fork
+from torch import nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,19 +24,18 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from hf_nsf import LCAM, NSF
 
-STEPS = 50
+STEPS, COUNTED = 16, 4
 SHAPES = [(7, 6), (1, 8), (4, 4), (5,), (3, 2, 2)]  # uneven shards, and an empty one
-RELATIVE = 1e-6
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def assert_equal(sharded, plain, what: str) -> None:
+def assert_equal(sharded, plain, what: str, bound: float = 1e-6) -> None:
     for i, (a, b) in enumerate(zip(sharded, plain, strict=True)):
-        error = float(torch.linalg.vector_norm(whole(a) - b) / torch.linalg.vector_norm(b))
-        assert error <= RELATIVE, f"{what}: tensor {i} differs by {error:.2e}"
+        error = float((whole(a).double() - b.double()).norm() / b.double().norm())
+        assert error <= bound, f"{what}: tensor {i} differs by {error:.2e}"
 
 
 def collectives_of(optimizer) -> int:
@@ -54,25 +54,42 @@ class Case:
 
     make: Callable
     of_torch: Callable
-    lengths: int = 0  # collectives per mesh dimension
+    norms: int = 0  # collectives per mesh dimension
     exactly: bool = False
+    dtype: torch.dtype = torch.float32
 
     def check(self, made: int, by_torch: int, mesh, partial_sums: int) -> None:
-        """Sums of gradients that arrive in parts are NSF's own work: as few as can be, and no more than torch makes."""
-        if self.exactly:
-            assert made == by_torch, f"{made} collectives in a step, torch makes {by_torch}"
-            return
-        own = partial_sums + self.lengths * mesh.ndim
+        """Gradients that arrive as partial sums are NSF's own work: as few collectives as can be, never more."""
+        own = by_torch if self.exactly else partial_sums + self.norms * mesh.ndim
         assert made == own, f"{made} collectives in a step, expected {own}"
-        assert partial_sums <= by_torch, f"{partial_sums} collectives for gradients, torch makes {by_torch}"
+        assert self.exactly or partial_sums <= by_torch, f"{partial_sums} for gradients, torch makes {by_torch}"
 
 
+def adamw(params):
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=1e-2, momentum=0.95, weight_decay=0.01)
+
+
+CASES = {
+    "nsf": Case(lambda q: NSF(q, lr=1e-2, p_min=-0.25, cycle_steps=7, cycle_shape="sawtooth"), adamw, norms=1),
+    "nsf none": Case(lambda q: NSF(q, lr=1e-2, p=0.25, grafting="none"), adamw),
+    "nsf bfloat16": Case(lambda q: NSF(q, lr=1e-2, p=-0.25), adamw, norms=1, dtype=torch.bfloat16),
+    "lcam": Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01), sgd, exactly=True),
+    "lcam bfloat16": Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01), sgd, dtype=torch.bfloat16),
+    "nsf adamw": Case(lambda q: NSF(q, lr=1e-2, p=0.5), adamw),
+    "nsf lists": Case(lambda q: NSF(q, lr=1e-2, p=0.0, foreach=True), adamw, norms=1),
+    "nsf reference": Case(lambda q: NSF(q, lr=1e-2, p=-0.5, foreach=False), adamw, norms=1),
+    "lcam lists": Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01, foreach=True), sgd, exactly=True),
+}
 # A different placement for each of the SHAPES: every mix of shards and replicas that fits the mesh; None is plain.
 PLACEMENTS = {
     1: [[Shard(0)], [Shard(0)], [Shard(1)], [Replicate()], None],
     2: [[Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(0), Replicate()], [Shard(0), Shard(0)], None],
 }
-# How the gradients arrive at every second step: to be added over processes, but for the third, which takes a maximum.
+# How the gradients arrive at every second step: to be added over ranks, but for the third, which takes a maximum.
 # (torch's AdamW takes no partial gradient of the second, which has fewer rows than there are shards.)
 PARTIAL = {
     1: [[Partial()], [Shard(0)], [Partial("max")], [Partial()], None],
@@ -81,7 +98,7 @@ PARTIAL = {
 
 
 def distribute(value: torch.Tensor, mesh, placements) -> torch.Tensor:
-    """The value as a DTensor; where it is partial, each element comes from one process alone."""
+    """The value as a DTensor; where it is partial, each element comes from one rank alone."""
     if placements is None:
         return value.clone()
     whole_places = [Replicate() if place.is_partial() else place for place in placements]
@@ -94,40 +111,54 @@ def distribute(value: torch.Tensor, mesh, placements) -> torch.Tensor:
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
+def values(optimizer, params) -> list[torch.Tensor]:
+    """Whole parameters with their Kahan sums."""
+    comps = [optimizer.state[q].get("kahan_comp") for q in params]
+    pairs = zip(params, comps, strict=True)
+    return [whole(q.detach()).double() + (0 if comp is None else whole(comp).double()) for q, comp in pairs]
+
+
 def lockstep(mesh, case: Case) -> None:
     """The same random gradients for sharded, replicated and plain parameters and for whole ones."""
     generator = torch.Generator().manual_seed(0)
-    plain = [torch.randn(shape, generator=generator).requires_grad_() for shape in SHAPES]
+
+    def draw(shape):
+        return torch.randn(shape, generator=generator).to(case.dtype)
+
+    plain = [nn.Parameter(draw(shape)) for shape in SHAPES]
     mixed, same = (
-        [torch.nn.Parameter(distribute(v.detach(), mesh, p)) for v, p in zip(plain, PLACEMENTS[mesh.ndim], strict=True)]
+        [nn.Parameter(distribute(v.detach(), mesh, p)) for v, p in zip(plain, PLACEMENTS[mesh.ndim], strict=True)]
         for _ in range(2)
     )
     ours, of_torch, reference = case.make(mixed), case.of_torch(same), case.make(plain)
     for step in range(STEPS):
         arrive = (PARTIAL if step % 2 else PLACEMENTS)[mesh.ndim]
-        missing = 2 if step % 10 == 9 else None  # now and then one has no gradient
+        missing = 2 if step % 4 == 3 else None  # now and then one has no gradient
         for i, (a, b, c) in enumerate(zip(mixed, same, plain, strict=True)):
-            g = torch.randn(c.shape, generator=generator)
+            g = draw(c.shape)
             a.grad = b.grad = distribute(g, mesh, arrive[i]) if i != missing else None
             c.grad = g if i != missing else None
-        if step < 10:
+        versions = [q._version for q in mixed]
+        if step < COUNTED and case.dtype == torch.float32:
             # One for all sums of a mesh dimension, and one for the maximum, which is left to torch.
             partial_sums = mesh.ndim + (missing is None) if step % 2 else 0
             case.check(collectives_of(ours), collectives_of(of_torch), mesh, partial_sums)
         else:
             ours.step()
+        assert all(q._version > v for i, (q, v) in enumerate(zip(mixed, versions, strict=True)) if i != missing)
         reference.step()
-    assert_equal(mixed, plain, f"lockstep on a mesh of {mesh.ndim} dimensions")
+    bound = 1e-6 if case.dtype == torch.float32 else 1e-4
+    assert_equal(values(ours, mixed), values(reference, plain), f"lockstep on {mesh.ndim} dimensions", bound)
 
 
-class Block(torch.nn.Module):
+class Block(nn.Module):
     """A transformer's feed-forward block between two norms, in float64, since biases of 0 divide by the smallest."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(2)
-        self.norm, self.last = torch.nn.LayerNorm(6), torch.nn.LayerNorm(6)
-        self.up, self.down = torch.nn.Linear(6, 12), torch.nn.Linear(12, 6)
+        self.norm, self.last = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
         self.double()
 
     def forward(self, x):
@@ -137,7 +168,7 @@ class Block(torch.nn.Module):
 def tensor_parallel(mesh, case: Case) -> None:
     """Training a block whose sequence and matrices are sharded is training the whole one.
 
-    The norms' gradients are partial sums: each process has those of its part of the sequence.
+    The norms' gradients are partial sums: each rank has those of its part of the sequence.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = {
@@ -163,7 +194,7 @@ def tensor_parallel(mesh, case: Case) -> None:
         backward(plain, x, y)
         reference.step()
         backward(model, x[:, mine], y[:, mine])
-        if step >= 3:
+        if step >= 2:
             ours.step()
             continue
         assert sum(q.grad.placements == (Partial(),) for q in model.parameters()) >= 4, "no partial gradients"
@@ -172,9 +203,9 @@ def tensor_parallel(mesh, case: Case) -> None:
     assert_equal(model.parameters(), plain.parameters(), "tensor parallelism")
 
 
-def build_model() -> torch.nn.Module:
+def build_model() -> nn.Module:
     torch.manual_seed(1)
-    return torch.nn.Sequential(torch.nn.Linear(8, 13), torch.nn.Tanh(), torch.nn.Linear(13, 3))
+    return nn.Sequential(nn.Linear(8, 13), nn.Tanh(), nn.Linear(13, 3))
 
 
 def train(model, optimizer, steps, rank, world, rows=8) -> None:
@@ -183,11 +214,11 @@ def train(model, optimizer, steps, rank, world, rows=8) -> None:
         x, y = torch.randn(rows, 8, generator=generator), torch.randn(rows, 3, generator=generator)
         part = slice(rank * rows // world, (rank + 1) * rows // world)
         optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(x[part]), y[part]).backward()
+        nn.functional.mse_loss(model(x[part]), y[part]).backward()
         optimizer.step()
 
 
-def shard_model(mesh) -> torch.nn.Module:
+def shard_model(mesh) -> nn.Module:
     model = build_model()
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
@@ -238,11 +269,11 @@ def whole_tensors(model, optimizer) -> list[torch.Tensor]:
     """Weights and state, whole, in the order of their names."""
     kept = everything(model, optimizer)
     states = [state[name] for _, state in sorted(kept["optimizer"]["state"].items()) for name in sorted(state)]
-    return [whole(value).detach().clone() for value in [*kept["model"].values(), *states]]
+    return [whole(value).clone() for value in [*kept["model"].values(), *states]]
 
 
 def half_a_run(mesh, make, folder: Path) -> None:
-    """The first half of a training, or the second if another number of processes has made the first."""
+    """The first half of a training, or the second if another number of ranks has made the first."""
     rank, world = dist.get_rank(), dist.get_world_size()
     is_first = not folder.exists()
     dist.barrier()  # nobody makes the folder before all have looked
@@ -264,47 +295,37 @@ def half_a_run(mesh, make, folder: Path) -> None:
     train(model, ours, range(STEPS // 2, STEPS), rank, world)
     plain = build_model()
     train(plain, make(plain.parameters()), range(STEPS), 0, 1)
-    assert_equal(model.parameters(), plain.parameters(), "another number of processes")
+    assert_equal(model.parameters(), plain.parameters(), "another number of ranks")
 
 
-def adamw(params):
-    return torch.optim.AdamW(params, lr=1e-2)
-
-
-def sgd(params):
-    return torch.optim.SGD(params, lr=1e-2, momentum=0.95, weight_decay=0.01)
-
-
-def main() -> None:
+def work(names: list[str], halves: Path | None) -> None:
+    """What each rank does."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     world = dist.get_world_size()
     line = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
-    meshes = {1: line}
-    if world == 4:
-        meshes[2] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    cases = {
-        f"nsf p={p}": Case(lambda q, p=p: NSF(q, lr=1e-2, p=p), adamw, lengths=int(p != 0.5)) for p in (0.5, 0.0, -0.25)
-    }
-    cases["nsf raw"] = Case(lambda q: NSF(q, lr=1e-2, p=0.25, step_scale="raw"), adamw)
-    cases["lcam"] = Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01), sgd, exactly=True)
-    cases["lcam foreach"] = Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01, foreach=True), sgd, exactly=True)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
-    parser.add_argument("--half_a_run", type=Path, help="Folder of a run made by two numbers of processes in turn.")
-    arguments = parser.parse_args()
-    for name in arguments.cases:
-        case = cases[name]
-        if arguments.half_a_run:
-            half_a_run(line, case.make, arguments.half_a_run / name)
+    meshes = [line] + ([init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))] if world == 4 else [])
+    for name in names:
+        case = CASES[name]
+        if halves:
+            half_a_run(line, case.make, halves / name)
         else:
-            for mesh in meshes.values():
+            for mesh in meshes:
                 lockstep(mesh, case)
-            tensor_parallel(line, case)
-            fsdp2(line, case.make)
+            if case.dtype == torch.float32:
+                tensor_parallel(line, case)
+                fsdp2(line, case.make)
         if dist.get_rank() == 0:
             print("passed:", name, flush=True)
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("processes", type=int, nargs="+", help="Numbers of ranks, one after the other.")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--half_a_run", type=Path, help="Folder of a run made by two numbers of ranks in turn.")
+    arguments = parser.parse_args()
+    for number in arguments.processes:
+        fork(number, work, arguments.cases, arguments.half_a_run)
