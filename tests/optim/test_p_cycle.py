@@ -48,7 +48,7 @@ def test_values_of_each_shape(shape, values):
      ({"total_steps": 60, "cycle_steps": 7}, 7), ({"cycle_steps": 2.5}, 5)],
 )  # fmt: skip
 def test_periods(options, period):
-    """By default from p_max = 1/2 to p_min = 1/4 by a cosine, and at least 8 updates to a cycle if there are so many."""
+    """By default from p_max = 1/2 to p_min = 1/4 by a cosine, with at least 8 updates a cycle where possible."""
     found = p_schedule(range(4 * period), **options)
     assert found[0] == max(found) == 0.5 and found[:period] * 4 == pytest.approx(found, abs=1e-12)
     assert period <= 5 or found[: period // 2 + 1] == sorted(found[: period // 2 + 1], reverse=True)

@@ -49,7 +49,7 @@ def test_a_step_holds_at_most_64_mib(name, path, dtype, dense):
         zeros = torch.zeros_like(q, dtype=torch.float32)
         moments = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()} if name == "nsf" else {"momentum_buffer": zeros}
         comp = {"kahan_comp": torch.zeros_like(q)} if dtype == torch.bfloat16 else {}
-        optimizer.state[q].update({"step": torch.zeros(()), **moments, **comp} if name == "nsf" else {**moments, **comp})
+        optimizer.state[q].update({"step": torch.zeros(()), **moments, **comp})
     assert peak_of(optimizer.step) <= LIMIT
     assert all((q != 0).all() for q in params)
 

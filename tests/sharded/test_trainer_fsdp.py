@@ -90,9 +90,8 @@ def test_training_is_that_of_one_process(optimizer, processes, cases, place):
         for key in {"lcam": ("lcam_momentum", "lcam_loss_phase"), "nsf": ("nsf_p",)}[optimizer]:
             used = [entry[key] for entry in together[0]["logs"]]
             assert used == [entry[key] for entry in alone["logs"]] and len(used) == 20 and len(set(used)) > 1
-        # float32 sums of gradients in another order: a rounding (6e-8) or so a step, and nothing amplifies it, since the
-        # decisions are the same. One other momentum, or one p off by 0.05, moves some tensor by 7e-4 or more, measured
-        # at updates 6, 11 and 19.
+        # float32 sums of gradients in another order: a rounding (6e-8) or so a step, and nothing amplifies it, as the
+        # decisions are the same. One other momentum, or one p off by 0.05, moves some tensor by 7e-4 or more.
         for name, value in alone["weights"].items():
             for rank in together:
                 assert torch.linalg.vector_norm(rank["weights"][name] - value) <= 1e-5 * torch.linalg.vector_norm(value)
