@@ -51,7 +51,6 @@ class PhaseCallback(TrainerCallback):
         self._written: list[float] = []
         self._last_seen: Any = None
         self._used: dict[str, float] = {}
-        self._said: set[str] = set()
 
     @staticmethod
     def of(trainer: Any) -> PhaseCallback | None:
@@ -74,13 +73,15 @@ class PhaseCallback(TrainerCallback):
             self._loss = loss.clone() if self._loss is None else self._loss + loss
             self._micro_batches += 1
 
-    def on_init_end(self, args, state, control, **kwargs):
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse invalid `optim_args` when the Trainer is made."""
         name = str(getattr(args.optim, "value", args.optim))
         if name in OPTIMIZERS and not parse_optim_args(name, args.optim_args, args.device):
             args.optim_args = None  # the Trainer's own parser, which comes before our handlers, fails at blanks
 
-    def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         """Start anew, or restore what a checkpoint does not hold."""
         self._begin(max(state.max_steps, 1))  # with max_steps=0 a Trainer makes one update
         ours = self._follow(optimizer)
@@ -102,21 +103,22 @@ class PhaseCallback(TrainerCallback):
         self._most = min(batches, accumulation)
         self._has_mean = ours.param_groups[0].get("loss_count", 0) > 0
         if not (ours.state or self._has_mean):
-            name = type(ours).__name__
-            self._warn(f"{name} starts anew: the checkpoint holds no optimizer state (save_only_model=True?).")
+            logger.warning_once(
+                f"{type(ours).__name__} starts anew: the checkpoint has no optimizer state (save_only_model=True?)."
+            )
 
-    def on_epoch_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Start the epoch's mean anew, unless a resumed run stands inside its epoch."""
         ours = self._follow(optimizer)
         if isinstance(ours, LCAM) and not self._inside_epoch:
             LossPhase(ours).start_epoch()
         self._inside_epoch = False
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Follow an optimizer that is new, before its first loss."""
         self._follow(optimizer)
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Note what this step uses, for the log."""
         ours = self._follow(optimizer)
         if not isinstance(ours, LCAM):
@@ -126,12 +128,12 @@ class PhaseCallback(TrainerCallback):
         if self._has_mean:
             self._used["lcam_loss_mean"] = group["loss_mean"]
         if any(group["momentum"] != mu for group, mu in zip(ours.param_groups, self._written, strict=False)):
-            self._warn(
+            logger.warning_once(
                 "Something else writes LCAM's momentum between its decisions, and the last writer wins: OneCycleLR and "
                 "CyclicLR do so, unless cycle_momentum=False."
             )
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Decide the momentum of the next update. Runs on all ranks after each step, skipped ones included."""
         ours = self._follow(optimizer)
         if isinstance(ours, NSF):
@@ -143,7 +145,7 @@ class PhaseCallback(TrainerCallback):
         if loss is None:
             seen = group["loss_count"], group["loss_mean"]
             if seen == self._last_seen and not skipped:  # nor has a PhaseCallback that the user has added heard one
-                self._warn(
+                logger.warning_once(
                     "LCAM hears no loss, so its momentum stays as it is: this Trainer's training_step does not call "
                     "transformers.Trainer's. Let it call hf_nsf.PhaseCallback.of(self).observe(loss)."
                 )
@@ -156,16 +158,16 @@ class PhaseCallback(TrainerCallback):
         self._written = [group["momentum"] for group in ours.param_groups]
         self._left_out = 0 if whole else self._left_out + 1
         if self._left_out == 10:
-            self._warn(
+            logger.warning_once(
                 f"LCAM's momentum stays as it is: the last 10 updates had other numbers of micro-batches (the last had "
                 f"{micro_batches}) than gradient_accumulation_steps={args.gradient_accumulation_steps}."
             )
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop losses heard since the update: the Trainer has just dropped their gradients."""
         self._take_loss()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the values used to the log of a training loss, before trackers see it."""
         if self._used and logs is not None and "loss" in logs:
             logs.update(self._used)
@@ -173,13 +175,15 @@ class PhaseCallback(TrainerCallback):
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
                 state.log_history[-1].update(self._used)
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state where hf_nsf.compare asks for it: a script may save nothing, and often evaluates last."""
         path = os.environ.get("HF_NSF_SAVE_STATE")
-        if path and state.is_world_process_zero and state.global_step:  # not that of another Trainer that evaluates only
+        if (
+            path and state.is_world_process_zero and state.global_step
+        ):  # not that of another Trainer that evaluates only
             state.save_to_json(path)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the optimizer, so that its memory can be freed."""
         self._optimizer = None
         self.on_evaluate(args, state, control)
@@ -200,11 +204,6 @@ class PhaseCallback(TrainerCallback):
         self._loss, self._micro_batches = None, 0
         return heard
 
-    def _warn(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            logger.warning(text)
-
 
 def _check_ranks(optimizer: LCAM | NSF, max_steps: int, updates: int) -> None:
     """Stop all ranks if their optimizers differ: they would drift apart, or wait for each other.
@@ -219,17 +218,18 @@ def _check_ranks(optimizer: LCAM | NSF, max_steps: int, updates: int) -> None:
     if isinstance(optimizer, LCAM):
         mine["updates of an epoch"] = str(updates)
     for index, group in enumerate(optimizer.param_groups):
-        for name in group.keys() - {"params", "param_names"}:
-            value = group[name]
-            mine[f"{name} (group {index})"] = repr(value.item() if isinstance(value, torch.Tensor) else value)
+        for name, value in group.items():
+            if name not in ("params", "param_names"):
+                mine[f"{name} (group {index})"] = repr(value.item() if isinstance(value, torch.Tensor) else value)
     # Not through accelerate, which counts one process where DeepSpeed runs several on a CPU.
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, mine)
-    for rank, theirs in enumerate(gathered):
-        for name in sorted(gathered[0].keys() | theirs.keys(), key=lambda name: (name != "optimizer", name)):
-            first, other = gathered[0].get(name), theirs.get(name)
-            if first != other:
-                raise ValueError(
-                    f"The ranks differ in {name}: {first} on rank 0, {other} on rank {rank}; give all the same optim, "
-                    "optim_args and learning rate, and batches of equal number (even_batches=True, or max_steps)."
-                )
+    first = gathered[0]
+    for rank, other in enumerate(gathered):
+        differ = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if differ:
+            raise ValueError(
+                f"The ranks differ in {differ[0]}: {first.get(differ[0])} on rank 0, {other.get(differ[0])} on rank "
+                f"{rank}; give all the same optim, optim_args and learning rate, and batches of equal number "
+                "(even_batches=True, or max_steps)."
+            )

@@ -41,16 +41,12 @@ def _host(name: str) -> Any:
     return importlib.import_module(f"transformers.{name}")
 
 
-def _enums() -> list[Any]:
-    """The enum, and older ones that modules still hold after a reload of transformers.training_args."""
-    modules = (_host(name) for name in ("training_args", "trainer", "trainer_optimizer"))
-    return list({id(module.OptimizerNames): module.OptimizerNames for module in modules}.values())
-
-
-def _handlers() -> dict[Any, Any]:
+def _tables() -> tuple[Any, list[Any], dict[Any, Any]]:
+    """The Trainer's module, the enum with the older ones that modules hold after a reload, and the handlers."""
     try:
-        return _host("trainer")._OPTIMIZER_HANDLERS
-    except AttributeError:
+        modules = [_host(name) for name in ("trainer", "training_args", "trainer_optimizer")]
+        return modules[0], [module.OptimizerNames for module in modules], modules[0]._OPTIMIZER_HANDLERS
+    except (AttributeError, ModuleNotFoundError):
         raise ImportError(
             f"hf_nsf works with transformers 5.2.0 and newer, found {transformers.__version__}: "
             "pip install --upgrade transformers"
@@ -118,9 +114,9 @@ def _hearing(training_step: Any) -> Any:
 
 def register() -> None:
     """Make `optim="lcam"` and `optim="nsf"` known to transformers. Doing it again changes nothing."""
-    host, handlers = _host("trainer"), _handlers()
+    host, enums, handlers = _tables()
     for value, handler in _HANDLERS.items():
-        for enum in _enums():
+        for enum in enums:
             _add_name(enum, value)
         handlers[optimizer_name(value)] = handler
     host.DEFAULT_CALLBACKS[:] = [*_without_ours(host.DEFAULT_CALLBACKS), PhaseCallback]
@@ -130,10 +126,10 @@ def register() -> None:
 
 def unregister() -> None:
     """Restore transformers as it was before :func:`register`."""
-    host, handlers = _host("trainer"), _handlers()
+    host, enums, handlers = _tables()
     for value in _HANDLERS:
         handlers.pop(value, None)
-        for enum in _enums():
+        for enum in enums:
             _remove_name(enum, value)
     host.DEFAULT_CALLBACKS[:] = _without_ours(host.DEFAULT_CALLBACKS)
     training_step = host.Trainer.training_step

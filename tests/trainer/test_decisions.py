@@ -226,5 +226,5 @@ def test_data_that_gives_no_update_the_usual_number_is_told(tmp_path, warnings_o
 @pytest.fixture
 def warnings_of(monkeypatch):
     said = []
-    monkeypatch.setattr("hf_nsf.trainer.callback.logger.warning", said.append)
+    monkeypatch.setattr("hf_nsf.trainer.callback.logger.warning_once", lambda text: text in said or said.append(text))
     return said

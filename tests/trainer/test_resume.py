@@ -83,7 +83,7 @@ def test_a_checkpoint_whose_epoch_is_not_the_trainers_is_resumed_by_its_number(t
 @pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
 def test_a_checkpoint_without_optimizer_state_is_told_once(optimizer, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_nsf.trainer.callback.logger.warning", said.append)
+    monkeypatch.setattr("hf_nsf.trainer.callback.logger.warning_once", lambda text: text in said or said.append(text))
     make_trainer(tmp_path / "a", optimizer, **SAVE, save_only_model=True, max_steps=4).train()
     resumed = make_trainer(tmp_path / "b", optimizer)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))

@@ -34,8 +34,9 @@ CYCLE = {"p_min": -0.25, "p_max": 0.5, "cycles": 2}
 def told(monkeypatch):
     """What has been warned of."""
     said = []
-    monkeypatch.setattr("hf_nsf.trainer.callback.logger.warning", said.append)
-    monkeypatch.setattr("hf_nsf.trainer.registry.logger.warning_once", said.append)
+    once = lambda text: text in said or said.append(text)  # noqa: E731
+    for module in ("callback", "registry"):
+        monkeypatch.setattr(f"hf_nsf.trainer.{module}.logger.warning_once", once)
     return said
 
 

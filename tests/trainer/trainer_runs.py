@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+import hf_nsf  # noqa: F401
+
 gc.collect()
 gc.freeze()  # the Trainer collects garbage at every start, over all that has been imported
 atexit.register(gc.unfreeze)
