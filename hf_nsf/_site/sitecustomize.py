@@ -8,6 +8,10 @@ hf_nsf's own may inherit the variable, so nothing here needs a new version or an
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing itself would cost every start of Python a few milliseconds
+    from typing import Any
+
 
 class _Watch:
     """Meta path finder that lets the others find transformers' modules and waits until none of them is half executed.
@@ -16,11 +20,11 @@ class _Watch:
     import. No parser of the arguments can have been built by the time the outermost of these modules is complete.
     """
 
-    def __init__(self):
-        self.searching = set()
+    def __init__(self) -> None:
+        self.searching = set()  # type: set[str]
         self.executing = 0
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "Any":
         if not name.startswith("transformers.") or name in self.searching:
             return None
         self.searching.add(name)  # another finder may do as this one does, and ask back
@@ -33,11 +37,11 @@ class _Watch:
             self.watch(spec.loader)
         return spec
 
-    def watch(self, loader):
+    def watch(self, loader: "Any") -> None:
         """Have the loader, which is this one module's, call us back."""
         execute = loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: "Any") -> None:
             self.executing += 1
             try:
                 execute(module)
@@ -48,7 +52,7 @@ class _Watch:
 
         loader.exec_module = exec_module
 
-    def register(self):
+    def register(self) -> None:
         """Import hf_nsf; a failure is told, and left to the process to judge."""
         sys.meta_path.remove(self)
         try:
@@ -60,7 +64,7 @@ class _Watch:
                 sys.stderr.write("hf_nsf is not registered in this process: " + str(error) + "\n")
 
 
-def _pass_on():
+def _pass_on() -> None:
     """Become the `sitecustomize` that this one hides, if there is one; sys.path is then as it is without hf_nsf."""
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != here]
