@@ -316,7 +316,7 @@ def kernel(dtype: torch.dtype, kahan: bool) -> tuple[Any, np.dtype]:
 
 
 @functools.cache
-def available() -> bool:
+def available(device_type: str = "cpu") -> bool:
     """Whether numba compiles the loops; if it does not, the log says why."""
     try:
         kernel(torch.float32, False)
@@ -369,9 +369,6 @@ def _tensors(buckets: list[Bucket], halves: bool) -> np.ndarray:
 def _run(buckets: list[Bucket], tensors: np.ndarray, work: int) -> tuple[Chunks, np.ndarray]:
     """Do one kind of work for all chunks; returns them and the two sums of each."""
     chunks = chunk_table(sizes(buckets), CHUNK)
-    for name in ADDRESSES[:-1] if buckets[0].kahan_comps is None else ADDRESSES:
-        if not tensors[name][chunks.owner].all():
-            raise RuntimeError(f"NSF cannot step a parameter whose memory, or that of its {name}, has been freed.")
     sums = np.zeros((len(chunks.owner), 2))
     arrays = (tensors, chunks.owner, chunks.low, chunks.length, sums)
     function, dtype = kernel(buckets[0].params[0].dtype, buckets[0].kahan_comps is not None)
