@@ -4,9 +4,8 @@
 import pytest
 import torch
 from torch.utils.data import Dataset
+from trainer_runs import OPTIMIZERS, Averages, Rows
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -18,33 +17,23 @@ from transformers import (
 
 from hf_nsf import p_schedule
 
-OPTIMIZERS = {
-    "lcam": {"optim": "lcam", "optim_args": "low_loss_momentum=0.8,high_loss_momentum=0.9", "learning_rate": 0.02},
-    "nsf": {"optim": "nsf", "optim_args": "p_min=-0.25,p_max=0.5,cycles=2", "learning_rate": 1e-2},
-}
 COMMON = {
     "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True,
-    "disable_tqdm": True, "seed": 5, "max_grad_norm": 0.0, "num_train_epochs": 3,
+    "disable_tqdm": True, "seed": 5, "max_grad_norm": 0.0, "num_train_epochs": 3, "dataloader_pin_memory": False,
 }  # fmt: skip
 
 
 class Copies(Dataset):
-    """Rows of tokens; the label is the row itself, or whether its first token is large."""
+    """Rows of tokens; the label is the row itself."""
 
-    def __init__(self, sequence):
+    def __init__(self):
         self.rows = torch.randint(5, 30, (32, 6), generator=torch.Generator().manual_seed(0))
-        self.labels = self.rows if sequence else (self.rows[:, 0] > 17).long()
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return {"input_ids": self.rows[index], "labels": self.labels[index]}
-
-
-def bert():
-    config = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    return BertForSequenceClassification(config)
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
 def check_log(history, optimizer, low=0.8, p_min=-0.25, per_epoch=8, first=0):
@@ -66,19 +55,19 @@ def check_log(history, optimizer, low=0.8, p_min=-0.25, per_epoch=8, first=0):
     assert sum(e["loss"] for e in logs[-per_epoch:]) < sum(e["loss"] for e in logs[:per_epoch])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
 def test_seq2seq_trainer(optimizer, tmp_path):
     set_seed(1)
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
     )
     args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), **COMMON, **OPTIMIZERS[optimizer])
-    trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=Copies(sequence=True))
+    trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=Copies())
     trainer.train()
     check_log(trainer.state.log_history, optimizer)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
 def test_auto_find_batch_size(optimizer, tmp_path):
     """The first try, with 8 rows, runs out of memory in its third update; the next one has its own phases.
 
@@ -96,7 +85,7 @@ def test_auto_find_batch_size(optimizer, tmp_path):
 
     options = {**COMMON, "per_device_train_batch_size": 8, "auto_find_batch_size": True}
     args = TrainingArguments(output_dir=str(tmp_path), **options, **OPTIMIZERS[optimizer])
-    trainer = Small(model=bert(), args=args, train_dataset=Copies(sequence=False))
+    trainer = Small(model=Averages(), args=args, train_dataset=Rows(32))
     trainer.train()
     assert tries[:3] == [8, 8, 8] and tries[-1] < 8
     # The second try's alone.
@@ -126,8 +115,8 @@ def test_optuna_searches_over_optim_and_its_options(tmp_path):
             return result
 
     args = TrainingArguments(output_dir=str(tmp_path), **COMMON, optim="lcam")
-    data = Copies(sequence=False)
-    trainer = Recording(model_init=lambda trial=None: bert(), args=args, train_dataset=data, eval_dataset=data)
+    data = Rows(32)
+    trainer = Recording(model_init=lambda trial=None: Averages(), args=args, train_dataset=data, eval_dataset=data)
     trainer.hyperparameter_search(
         hp_space=space, compute_objective=lambda metrics: metrics["eval_loss"], n_trials=4, backend="optuna",
         sampler=optuna.samplers.GridSampler(choices),
@@ -139,8 +128,8 @@ def test_a_search_with_one_string_for_both_is_refused_in_one_sentence(tmp_path):
     """The space above has a string for each optimizer."""
     pytest.importorskip("optuna")
     args = TrainingArguments(output_dir=str(tmp_path), **COMMON, **OPTIMIZERS["lcam"])
-    data = Copies(sequence=False)
-    trainer = Trainer(model_init=lambda trial=None: bert(), args=args, train_dataset=data, eval_dataset=data)
+    data = Rows(32)
+    trainer = Trainer(model_init=lambda trial=None: Averages(), args=args, train_dataset=data, eval_dataset=data)
     with pytest.raises(ValueError, match="optim=nsf has no option 'low_loss_momentum'"):
         trainer.hyperparameter_search(
             hp_space=lambda trial: {"optim": trial.suggest_categorical("optim", ["nsf"])}, n_trials=1, backend="optuna"
