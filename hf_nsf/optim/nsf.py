@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,55 +37,40 @@ _STATES = ("exp_avg", "exp_avg_sq")
 class Halves(NamedTuple):
     """One implementation of the update: the functions of :mod:`hf_nsf.optim.nsf_update`."""
 
-    first_half: Callable[[list[Bucket]], Tensor]
-    second_half: Callable[[list[Bucket], Tensor], None]
-    whole_step: Callable[[list[Bucket]], None]
+    first_half: Callable[..., Tensor]
+    second_half: Callable[..., None]
+    whole_step: Callable[..., None]
 
 
 def _torch_adamw(buckets: list[Bucket]) -> None:
     """Make the step of torch's fused AdamW, for p = 1/2."""
-    for bucket in buckets:
-        s = bucket.scalars
-        adamw(
-            bucket.params,
-            bucket.grads,
-            bucket.exp_avgs,
-            bucket.exp_avg_sqs,
-            [],
-            list(torch.full((len(bucket.params),), s.t - 1, dtype=torch.float32, device="cpu").unbind()),
-            fused=True,
-            amsgrad=False,
-            beta1=s.beta1,
-            beta2=s.beta2,
-            lr=s.lr,
-            weight_decay=s.weight_decay,
-            eps=s.eps,
-            maximize=s.maximize,
-        )
+    for b in buckets:
+        s = b.scalars
+        steps = list(torch.full((len(b.params),), s.t - 1, dtype=torch.float32, device="cpu").unbind())
+        betas = {"beta1": s.beta1, "beta2": s.beta2, "amsgrad": False, "fused": True}
+        options = {"lr": s.lr, "weight_decay": s.weight_decay, "eps": s.eps, "maximize": s.maximize}
+        adamw(b.params, b.grads, b.exp_avgs, b.exp_avg_sqs, [], steps, **betas, **options)
 
 
-_EAGER = Halves(nsf_update.first_half, nsf_update.second_half, nsf_update.whole_step)
-_REFERENCE = Halves(
-    functools.partial(nsf_update.first_half, numel=None),
-    functools.partial(nsf_update.second_half, numel=None),
-    functools.partial(nsf_update.whole_step, numel=None),
-)
+_FUNCTIONS = (nsf_update.first_half, nsf_update.second_half, nsf_update.whole_step)
+_EAGER = Halves(*_FUNCTIONS)
+_REFERENCE = Halves(*(functools.partial(function, numel=None) for function in _FUNCTIONS))
 _TORCH = Halves(nsf_update.first_half, nsf_update.second_half, _torch_adamw)
 
 
 @functools.cache
 def kernels_for(device_type: str) -> Halves | None:
     """The kernels for a kind of device, or None where there are none."""
-    for name, device_types in (("gpu", ("cuda", "cpu")), ("cpu", ("cpu",))):
-        if device_type in device_types:
-            try:
-                module = importlib.import_module(f"hf_nsf.optim.kernels.{name}")
-                if module.available(*(() if name == "cpu" else (device_type,))):
-                    return Halves(module.first_half, module.second_half, module.whole_step)
-            except ModuleNotFoundError:
-                continue
-            except Exception as error:  # numba that does not fit numpy, for one
-                logger.warning(f"The kernels for {device_type} cannot be used: {error!r}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    name = {"cuda": "gpu", "cpu": "gpu" if interpreted else "cpu"}.get(device_type)
+    try:
+        module = importlib.import_module(f"hf_nsf.optim.kernels.{name}") if name else None
+        if module and module.available(device_type):
+            return Halves(module.first_half, module.second_half, module.whole_step)
+    except ModuleNotFoundError:
+        pass
+    except Exception as error:  # numba that does not fit numpy, for one
+        logger.warning(f"The kernels for {device_type} cannot be used: {error!r}")
     return None
 
 
@@ -159,26 +145,10 @@ class NSF(Optimizer):
         fused: bool | None = None,
         kahan_sum: bool | None = None,
     ) -> None:
-        defaults = _checked(
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "p": p,
-                "p_min": p_min,
-                "p_max": p_max,
-                "cycle_steps": cycle_steps,
-                "cycles": cycles,
-                "total_steps": total_steps,
-                "cycle_shape": cycle_shape,
-                "grafting": grafting,
-                "maximize": maximize,
-                "foreach": foreach,
-                "fused": fused,
-                "kahan_sum": kahan_sum,
-            }
-        )
+        cycle = (p, p_min, p_max, cycle_steps, cycles, total_steps, cycle_shape)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "grafting": grafting}
+        paths = {"maximize": maximize, "foreach": foreach, "fused": fused, "kahan_sum": kahan_sum}
+        defaults = _checked({**defaults, **dict(zip(CYCLE_OPTIONS, cycle, strict=True)), **paths})
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -456,17 +426,9 @@ def _scalars(k: float, group: dict[str, Any]) -> Scalars:
     lr = _item(group["lr"])
     # To load a state, torch.distributed.checkpoint makes a step with lr = 0, before a Trainer has set total_steps.
     p = group["p_max"] if lr == 0 and lacks_total(group) else p_at(k, group)
-    return Scalars(
-        p=p if abs(p) > 1e-30 else 0.0,  # in float32 it is 0, and a zero to the power of 0 must be 1
-        lr=lr,
-        beta1=_item(b1),
-        beta2=_item(b2),
-        eps=_item(group["eps"]),
-        weight_decay=_item(group["weight_decay"]),
-        maximize=group["maximize"],
-        grafting=group["grafting"],
-        t=k + 1,
-    )
+    p = p if abs(p) > 1e-30 else 0.0  # in float32 it is 0, and a zero to the power of 0 must be 1
+    numbers = (_item(value) for value in (group["lr"], b1, b2, group["eps"], group["weight_decay"]))
+    return Scalars(p, *numbers, group["maximize"], group["grafting"], k + 1)
 
 
 def _counter(value: float) -> Tensor:

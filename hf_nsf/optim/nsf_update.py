@@ -151,7 +151,8 @@ def second_half(buckets: list[Bucket], sums: Tensor, numel: int | None = PIECE) 
     for bucket, ratio in zip(buckets, ratios.split([len(bucket.params) for bucket in buckets]), strict=True):
         s = bucket.scalars
         # The factor may be outside of float32 where its product with u is not: multiply by its root, twice.
-        roots = list((ratio * (-s.rate * s.c2**s.p)).sqrt_().to(bucket.exp_avgs[0].dtype).unbind())
+        dtype = _direction_dtype(bucket.exp_avgs[0], s.p)
+        roots = list((ratio * (-s.rate * s.c2**s.p)).sqrt_().to(dtype).unbind())
         for owners, pieces in chunk_by_numel(_rows(bucket), numel):
             theta, _, m, v, *comps = map(list, zip(*pieces, strict=True))
             u = _direction(m, _denominator(v, s), s)
@@ -175,7 +176,10 @@ def whole_step(buckets: list[Bucket], numel: int | None = PIECE) -> None:
         for _, pieces in chunk_by_numel(_rows(bucket), numel):
             theta, g, m, v, *comps = map(list, zip(*pieces, strict=True))
             _update_moments(g, m, v, s)
-            d = list(torch._foreach_sqrt(v)) if s.p == 0.5 else _power(list(torch._foreach_mul(v, 1.0)), s.p)
+            if s.p == 0.5:
+                d = list(torch._foreach_sqrt(v))
+            else:
+                d = _power([x.to(_direction_dtype(x, s.p), copy=True) for x in v], s.p)
             torch._foreach_add_(d, s.eps * s.c2**s.p)
             _move(theta, comps, _divide(m, d, s.eps), s.rate * s.c2**s.p, s)
 
@@ -208,9 +212,7 @@ def _divide(m: list[Tensor], d: list[Tensor], eps: float) -> list[Tensor]:
 def _direction(m: list[Tensor], d: list[Tensor], s: Scalars) -> list[Tensor]:
     """`u' = m d'^(-2p)`, in place of d'."""
     zeros = [denominator == 0 for denominator in d] if s.eps == 0 else []
-    if not P_RANGE[0] <= s.p <= P_RANGE[1]:
-        d = [denominator.double() for denominator in d]
-    u = _power(d, -2 * s.p)
+    u = _power([denominator.to(_direction_dtype(denominator, s.p)) for denominator in d], -2 * s.p)
     torch._foreach_clamp_max_(u, torch.finfo(u[0].dtype).max ** 0.95)  # no infinity meets a zero
     torch._foreach_mul_(u, m)
     for direction, zero in zip(u, zeros, strict=False):
@@ -218,10 +220,16 @@ def _direction(m: list[Tensor], d: list[Tensor], s: Scalars) -> list[Tensor]:
     return u
 
 
+def _direction_dtype(moment: Tensor, p: float) -> torch.dtype:
+    return moment.dtype if P_RANGE[0] <= p <= P_RANGE[1] else torch.float64
+
+
 def _power(x: list[Tensor], exponent: float) -> list[Tensor]:
-    """`x ** exponent` in place for x >= 0; faster than torch's pow, which is right to the last bit."""
+    """`x ** exponent` in place for x >= 0; in float32 faster than torch's pow, which is right to the last bit."""
     if exponent == 0:
         return [tensor.fill_(1.0) for tensor in x]
+    if x[0].dtype == torch.float64:
+        return [tensor.pow_(exponent) for tensor in x]
     return [tensor.log2_().mul_(exponent).exp2_() for tensor in x]
 
 
