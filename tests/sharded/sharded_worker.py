@@ -34,7 +34,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def assert_equal(sharded, plain, what: str, bound: float = 1e-6) -> None:
     for i, (a, b) in enumerate(zip(sharded, plain, strict=True)):
-        error = float((whole(a).double() - b.double()).norm() / b.double().norm())
+        exact = b.detach().double()
+        error = float((whole(a.detach()).double() - exact).norm() / exact.norm())
         assert error <= bound, f"{what}: tensor {i} differs by {error:.2e}"
 
 
@@ -145,7 +146,8 @@ def lockstep(mesh, case: Case) -> None:
             case.check(collectives_of(ours), collectives_of(of_torch), mesh, partial_sums)
         else:
             ours.step()
-        assert all(q._version > v for i, (q, v) in enumerate(zip(mixed, versions, strict=True)) if i != missing)
+        if step >= COUNTED:  # under CommDebugMode torch's lists change no version
+            assert all(q._version > v for i, (q, v) in enumerate(zip(mixed, versions, strict=True)) if i != missing)
         reference.step()
     bound = 1e-6 if case.dtype == torch.float32 else 1e-4
     assert_equal(values(ours, mixed), values(reference, plain), f"lockstep on {mesh.ndim} dimensions", bound)
