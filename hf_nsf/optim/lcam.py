@@ -83,37 +83,19 @@ class LCAM(SGD):
         fused: bool | None = None,
         kahan_sum: bool | None = None,
     ) -> None:
-        options = _checked(
-            {
-                "lr": lr,
-                "low_loss_momentum": low_loss_momentum,
-                "high_loss_momentum": high_loss_momentum,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "loss_average": loss_average,
-                "loss_ema_decay": loss_ema_decay,
-                "dampening": 0,
-                "maximize": maximize,
-                "foreach": foreach,
-                "fused": fused,
-                "kahan_sum": kahan_sum,
-            }
-        )
-        self._own_defaults = options
-        of_sgd = ("lr", "weight_decay", "nesterov", "maximize", "foreach", "fused")
-        super().__init__(params, momentum=options["momentum"], **{name: options[name] for name in of_sgd})
-        self.defaults.update(options)
-        # With fused=True torch's GradScaler would leave the skipping of an overflowed step to the kernel, where nobody
-        # can see it and a first momentum buffer stays unwritten. Without this mark the scaler skips the step itself.
-        self._step_supports_amp_scaling = False
+        of_sgd = {"lr": lr, "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
+        of_sgd |= {"dampening": 0, "differentiable": False, "foreach": foreach, "fused": fused}
+        pair = dict(zip(_PAIR, (low_loss_momentum, high_loss_momentum), strict=True))
+        ours = {"loss_average": loss_average, "loss_ema_decay": loss_ema_decay, "kahan_sum": kahan_sum}
+        # Not SGD's constructor: it knows nothing of the pair, and with fused=True it would have torch's GradScaler
+        # leave the skipping of an overflowed step to the kernel, where nobody can see it.
+        super(SGD, self).__init__(params, _checked({**of_sgd, **pair, **ours}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own options are checked as the constructor's are. It starts in the high phase."""
         if isinstance(param_group, dict):
-            defaults = self.__dict__.get("_own_defaults", self.defaults)
-            if "loss_average" in param_group:
-                defaults = {**defaults, "loss_ema_decay": None}
-            param_group = _checked({**defaults, **param_group})
+            decay = {"loss_ema_decay": None} if "loss_average" in param_group else {}
+            param_group = _checked({**self.defaults, **decay, **param_group})
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -173,20 +155,9 @@ class LCAM(SGD):
         multi_tensor = not fused and (foreach or (foreach is None and any(g.device.type != "cpu" for g in grads)))
         if multi_tensor and group["nesterov"] and not (group["weight_decay"] or group["maximize"]):
             grads = [g.clone() for g in grads]  # torch adds to the gradients unless decay or maximize made copies
-        sgd(
-            params,
-            grads,
-            bufs,
-            has_sparse_grad=any(g.is_sparse for g in grads),
-            foreach=foreach,
-            fused=fused,
-            weight_decay=group["weight_decay"],
-            momentum=mu,
-            lr=group["lr"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )
+        options = {name: group[name] for name in ("lr", "weight_decay", "dampening", "nesterov", "maximize")}
+        sparse = any(g.is_sparse for g in grads)
+        sgd(params, grads, bufs, has_sparse_grad=sparse, foreach=foreach, fused=fused, momentum=mu, **options)
         if fused:
             torch.autograd.graph.increment_version(params)  # torch's kernel tells autograd nothing
         if any(first):
@@ -202,9 +173,8 @@ class LCAM(SGD):
         shards = grad_shards(dtensors)
         for param in params:
             state, buf, is_first = self.state[param], None, False
-            if (
-                "kahan_comp" not in state or state["kahan_comp"].dtype is not param.dtype
-            ):  # model.to(dtype) may change it
+            comp = state.get("kahan_comp")
+            if comp is None or comp.dtype is not param.dtype:  # model.to(dtype) has changed it
                 state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             if mu != 0:
                 buf = state.get("momentum_buffer")
