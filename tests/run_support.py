@@ -39,7 +39,7 @@ CLAIMS = [
     ("DDP under torchrun and `accelerate launch`, 2 and 4 processes: the same bits on all, the phases of one process",
      [f"{DDP}::test_all_ranks_hold_the_same_bits", f"{DDP}::test_the_phases_are_those_of_one_process",
       f"{DDP}::test_without_the_reduction_ranks_diverge"]),
-    ("one scalar reduced a step (LCAM), none (NSF)", [f"{DDP}::test_lcam_reduces_one_scalar_a_step_and_nsf_nothing"]),
+    ("two numbers reduced in one collective a step (LCAM), none (NSF)", [f"{DDP}::test_lcam_reduces_two_numbers_a_step_and_nsf_nothing"]),
     ("FSDP2 (`fully_shard`), tensor parallelism (`parallelize_module`), DTensor on one and two mesh dimensions, mixed "
      "with plain parameters: the whole tensor's step, one collective a step and dimension (and one for partial "
      "gradients); DCP round trip, also between 2 and 4 processes",

@@ -57,7 +57,13 @@ class LossPhase:
             skipped: the update did not happen (fp16 overflow) or its loss is not comparable: it takes no part. If the
                 loss is averaged over ranks, one that skips is enough for all to take none.
         """
-        value = _mean_over_ranks(math.nan if skipped else loss) if self.reduce else as_float("loss", loss)
+        starts = self.optimizer.param_groups[0]["loss_count"] == 0
+        if self.reduce:
+            value, starts = _mean_over_ranks(math.nan if skipped else as_float("loss", loss), starts)
+        else:
+            value = as_float("loss", loss)
+        if starts:  # on one rank at least: the passes of streams that ranks read for themselves differ in length
+            self.start_epoch()
         if skipped or not math.isfinite(value):
             return
         for group in self.optimizer.param_groups:  # looked up each time: accelerate replaces the groups
@@ -71,17 +77,20 @@ class LossPhase:
             group.update(loss_count=count, loss_mean=mean, loss_phase=int(low), momentum=phase_momentum(group, low))
 
 
-def _mean_over_ranks(loss: float | Tensor) -> float:
+def _mean_over_ranks(loss: float, starts: bool) -> tuple[float, bool]:
+    """The mean of a loss, and whether a mean of losses starts on any rank; one collective."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return as_float("loss", loss)
+        return loss, starts
     from accelerate import PartialState
     from accelerate.utils import reduce
 
-    local = torch.tensor(as_float("loss", loss), dtype=torch.float32, device=PartialState().device)
+    local = torch.tensor([loss, starts], dtype=torch.float32, device=PartialState().device)
     world_size = distributed.get_world_size()
     if PartialState().num_processes == world_size:
-        return float(reduce(local, "mean"))
-    # accelerate counts one process where DeepSpeed runs several on a CPU.
-    distributed.all_reduce(local)
-    return float(local) / world_size
+        local = reduce(local, "mean")
+    else:  # accelerate counts one process where DeepSpeed runs several on a CPU
+        distributed.all_reduce(local)
+        local /= world_size
+    value, share = local.tolist()
+    return value, share > 0

@@ -168,7 +168,7 @@ def test_without_the_reduction_ranks_diverge(made):
     assert not same(first["weights"], second["weights"])
 
 
-def test_lcam_reduces_one_scalar_a_step_and_nsf_nothing(made):
+def test_lcam_reduces_two_numbers_a_step_and_nsf_nothing(made):
     """Both compare their options once, before the first step. Other optimizers' runs are as without hf_nsf."""
     names = ("lcam", "nsf", "adamw", "without hf_nsf")
     for lcam, nsf, adamw, plain in zip(*(made[name] for name in names), strict=True):
@@ -176,7 +176,7 @@ def test_lcam_reduces_one_scalar_a_step_and_nsf_nothing(made):
         assert [start, *steps] == plain["collectives"]
         assert len(steps) == 18 and all(steps)  # DDP's own and the log's are seen
         assert nsf["collectives"][1:] == steps
-        assert list(map(Counter, lcam["collectives"][1:])) == [Counter([*step, "allreduce_ 1"]) for step in steps]
+        assert list(map(Counter, lcam["collectives"][1:])) == [Counter([*step, "allreduce_ 2"]) for step in steps]
         for ours in (lcam, nsf):
             gather = Counter(ours["collectives"][0]) - Counter(start)
             assert gather.total() == 2 and all("allgather" in name for name in gather)  # of lengths, and of objects

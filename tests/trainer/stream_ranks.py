@@ -62,6 +62,9 @@ def refusal(**run):
 def main():
     counts = check_stream(data=Stream(56))  # 7 micro-batches of 8 rows a pass
     assert counts == [2, 2, 2, *([3, 2, 2] * 7)], counts
+    # Each rank reads for itself, and one has more rows.
+    own = {"accelerator_config": {"dispatch_batches": False}, "gradient_accumulation_steps": 1}
+    check_stream(data=Stream(44 + 16 * RANK), **own)
     low = refusal(optim_args=f"low_loss_momentum={(LOW, 0.7)[RANK]}")
     assert "low_loss_momentum" in low and "0.7 on rank 1" in low, low
     other = refusal(optimizer=("lcam", "nsf")[RANK])
