@@ -42,7 +42,7 @@ def grad_shards(params: list[Any]) -> Iterator[Tensor]:
         flat = torch.cat([values[i].reshape(-1) for i in members])
         if mesh.size(dim) > 1:
             torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
-        for i, part in zip(members, flat.split([values[i].numel() for i in members]), strict=True):
+        for i, part in zip(members, torch.split(flat, [values[i].numel() for i in members]), strict=True):
             values[i] = part.view(values[i].shape)
             placements[i][dim] = torch.distributed.tensor.Replicate()
     for i, param in enumerate(params):

@@ -83,7 +83,7 @@ class LCAM(SGD):
         fused: bool | None = None,
         kahan_sum: bool | None = None,
     ) -> None:
-        of_sgd = {"lr": lr, "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
+        of_sgd: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
         of_sgd |= {"dampening": 0, "differentiable": False, "foreach": foreach, "fused": fused}
         pair = dict(zip(_PAIR, (low_loss_momentum, high_loss_momentum), strict=True))
         ours = {"loss_average": loss_average, "loss_ema_decay": loss_ema_decay, "kahan_sum": kahan_sum}

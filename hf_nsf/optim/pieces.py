@@ -75,9 +75,9 @@ def chunk_by_numel(rows: Iterable[Row], numel: int | None) -> Iterator[tuple[lis
 def _cut(row: Row, numel: int) -> Iterator[Row]:
     if same_dense_layout(*row):
         flat = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in row]
-        yield from zip(*(tensor.split(numel) for tensor in flat), strict=True)
+        yield from zip(*(torch.split(tensor, numel) for tensor in flat), strict=True)
         return
     dim = max(range(row[0].dim()), key=row[0].size)
     rows = max(1, numel * row[0].size(dim) // row[0].numel())
-    for piece in zip(*(tensor.detach().split(rows, dim) for tensor in row), strict=True):
+    for piece in zip(*(torch.split(tensor.detach(), rows, dim) for tensor in row), strict=True):
         yield from _cut(piece, numel) if piece[0].numel() > numel else (piece,)

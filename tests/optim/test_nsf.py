@@ -307,7 +307,8 @@ def test_default_kernels_and_lists_are_chosen_as_documented(monkeypatch):
         ({}, torch.float32, 0.1, ["kernels"] * 2), ({}, torch.bfloat16, 0.5, ["kernels"]),
         ({}, torch.float64, 0.1, []), ({}, torch.float32, 0.5, []), ({}, torch.float32, 2.0, []),
         ({"fused": False}, torch.float32, 0.1, []), ({"foreach": True}, torch.float32, 0.1, []),
-        ({"foreach": False}, torch.float32, 0.1, []), ({"foreach": False, "fused": True}, torch.float32, 0.1, ["kernels"] * 2),
+        ({"foreach": False}, torch.float32, 0.1, []),
+        ({"foreach": False, "fused": True}, torch.float32, 0.1, ["kernels"] * 2),
         ({"fused": True}, torch.float16, 0.1, ["kernels"] * 2),
     ]  # fmt: skip
     for flags, dtype, p, wanted in table:
