@@ -47,14 +47,14 @@ def _torch_adamw(buckets: list[Bucket]) -> None:
     for b in buckets:
         s = b.scalars
         steps = list(torch.full((len(b.params),), s.t - 1, dtype=torch.float32, device="cpu").unbind())
-        betas = {"beta1": s.beta1, "beta2": s.beta2, "amsgrad": False, "fused": True}
-        options = {"lr": s.lr, "weight_decay": s.weight_decay, "eps": s.eps, "maximize": s.maximize}
+        betas: dict[str, Any] = {"beta1": s.beta1, "beta2": s.beta2, "amsgrad": False, "fused": True}
+        options: dict[str, Any] = {"lr": s.lr, "weight_decay": s.weight_decay, "eps": s.eps, "maximize": s.maximize}
         adamw(b.params, b.grads, b.exp_avgs, b.exp_avg_sqs, [], steps, **betas, **options)
 
 
-_FUNCTIONS = (nsf_update.first_half, nsf_update.second_half, nsf_update.whole_step)
+_FUNCTIONS: tuple[Any, Any, Any] = (nsf_update.first_half, nsf_update.second_half, nsf_update.whole_step)
 _EAGER = Halves(*_FUNCTIONS)
-_REFERENCE = Halves(*(functools.partial(function, numel=None) for function in _FUNCTIONS))
+_REFERENCE = Halves._make(functools.partial(function, numel=None) for function in _FUNCTIONS)
 _TORCH = Halves(nsf_update.first_half, nsf_update.second_half, _torch_adamw)
 
 
@@ -427,8 +427,8 @@ def _scalars(k: float, group: dict[str, Any]) -> Scalars:
     # To load a state, torch.distributed.checkpoint makes a step with lr = 0, before a Trainer has set total_steps.
     p = group["p_max"] if lr == 0 and lacks_total(group) else p_at(k, group)
     p = p if abs(p) > 1e-30 else 0.0  # in float32 it is 0, and a zero to the power of 0 must be 1
-    numbers = (_item(value) for value in (group["lr"], b1, b2, group["eps"], group["weight_decay"]))
-    return Scalars(p, *numbers, group["maximize"], group["grafting"], k + 1)
+    lr, b1, b2, eps, decay = map(_item, (group["lr"], b1, b2, group["eps"], group["weight_decay"]))
+    return Scalars(p, lr, b1, b2, eps, decay, group["maximize"], group["grafting"], k + 1)
 
 
 def _counter(value: float) -> Tensor:

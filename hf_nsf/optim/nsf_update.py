@@ -16,6 +16,7 @@ The bias correction of v is a number, so no pass over a tensor is spent on it: t
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -62,12 +63,12 @@ class Scalars:
     @property
     def rate(self) -> float:
         """-eta / (1 - b1^t): what m_hat's correction and the learning rate make of u."""
-        return -self.lr / (1 - self.beta1**self.t)
+        return -self.lr / (1 - math.pow(self.beta1, self.t))
 
     @property
     def c2(self) -> float:
         """1 - b2^t, the bias correction of v."""
-        return 1 - self.beta2**self.t
+        return 1 - math.pow(self.beta2, self.t)
 
     @property
     def needs_norms(self) -> bool:
@@ -148,7 +149,7 @@ def second_half(buckets: list[Bucket], sums: Tensor, numel: int | None = PIECE) 
     """
     a_squares, u_squares = sums.unbind(1)
     ratios = torch.where(u_squares == 0, torch.ones_like(u_squares), a_squares / u_squares).sqrt_()
-    for bucket, ratio in zip(buckets, ratios.split([len(bucket.params) for bucket in buckets]), strict=True):
+    for bucket, ratio in zip(buckets, torch.split(ratios, [len(bucket.params) for bucket in buckets]), strict=True):
         s = bucket.scalars
         # The factor may be outside of float32 where its product with u is not: multiply by its root, twice.
         dtype = _direction_dtype(bucket.exp_avgs[0], s.p)
