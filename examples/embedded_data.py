@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two small real data sets without a network: scikit-learn's digits, and the docstrings of the standard library."""
+"""What the examples need without a network: two small real data sets, and the metric.
+
+The data are scikit-learn's digits, and sentences from the docstrings of Python's standard library.
+"""
 
 from __future__ import annotations
 
 import ast
 import io
-import math
 import random
 import re
 import sysconfig
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from scipy.sparse import csr_matrix, vstack
+from sklearn.datasets import load_digits
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.model_selection import train_test_split
+from transformers import EvalPrediction
 
 SPLIT_SEED = 0
 SPLITS = ("train", "validation", "test")
@@ -64,15 +73,38 @@ OPENING_WORDS = 6
 NEAR_DUPLICATE_SIMILARITY = 0.6
 
 
+class AccuracyAndF1(evaluate.Metric):
+    """Share of right predictions, and the mean of the classes' F1 scores."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        number = Value("int32")
+        return evaluate.MetricInfo(
+            description="Accuracy and macro F1 of a single-label classification.",
+            citation="",
+            inputs_description="predictions and references: class numbers",
+            features=Features({"predictions": number, "references": number}),
+        )
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {
+            "accuracy": float(accuracy_score(references, predictions)),
+            "macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0)),
+        }
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """What a Trainer reports after each evaluation."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    metric = AccuracyAndF1(keep_in_memory=True)  # no file that runs beside each other could share
+    return metric.compute(predictions=logits.argmax(-1), references=prediction.label_ids)
+
+
 def load_digits_images() -> DatasetDict:
     """Load scikit-learn's handwritten digits as a dataset of images.
 
     Returns:
         Columns ``image`` and ``label`` in the splits train, validation and test: stratified, always the same.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
     digits = load_digits()
     labels = digits.target
     rest, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=SPLIT_SEED)
@@ -104,7 +136,7 @@ def load_docstring_sentences() -> DatasetDict:
 
     Only source files are read; nothing is imported. A module stands in one split only. Sentences that open with the
     same words count as duplicates: one is kept, or none where they belong to different topics. Of sentences in
-    different splits whose sets of words have a Jaccard similarity of 0.6 or more, the one nearer to the training goes.
+    different splits that share 60 % or more of the words in either, the one nearer to the training goes.
 
     Returns:
         Columns ``text``, ``label`` and ``module`` in the splits train, validation and test: the same ones for the same
@@ -177,44 +209,31 @@ def normalised_words(text: str) -> list[str]:
     return re.findall(r"[a-z]{2,}", text.lower())
 
 
-def similarity(first: set[str], second: set[str]) -> float:
-    """Return the Jaccard similarity of two sets of words: the share of words in both among those in either."""
-    shared = len(first & second)
-    return shared / (len(first) + len(second) - shared)
-
-
 def without_near_duplicates(splits: dict[str, list[str]], bound: float) -> dict[str, list[int]]:
     """Find the texts that resemble no kept text of an earlier split.
 
     Args:
         splits: the texts of each split, those that shall lose nothing first.
-        bound: the similarity of two sets of words, in (0, 1], from which on two texts count as near-duplicates.
+        bound: two texts are near-duplicates if they share at least this part, in (0, 1], of the words in either.
 
     Returns:
         The numbers of the texts to keep in each split.
     """
-    sets = {split: [set(normalised_words(text)) for text in texts] for split, texts in splits.items()}
-    count = Counter(word for words in sets.values() for each in words for word in each)
-
-    def rarest(words: set[str]) -> list[str]:
-        # Two sets of this similarity share at least the share `bound` of the words of either. So they share one of the
-        # first few in any common order, and with the rarest words first, few other sets share it.
-        fewest_shared = math.ceil(bound * len(words) - 1e-9)
-        return sorted(words, key=lambda word: (count[word], word))[: len(words) - fewest_shared + 1]
-
-    earlier: dict[str, list[set[str]]] = defaultdict(list)
-
-    def resembles_an_earlier_one(words: set[str]) -> bool:
-        shortest, longest = bound * len(words), len(words) / bound
-        others = (other for word in rarest(words) for other in earlier[word] if shortest <= len(other) <= longest)
-        return any(similarity(words, other) >= bound for other in others)
-
+    counter = CountVectorizer(analyzer=lambda text: set(normalised_words(text)), dtype=np.float32)
+    counter.fit(text for texts in splits.values() for text in texts)
+    earlier = csr_matrix((0, len(counter.vocabulary_)), dtype=np.float32)
     keep: dict[str, list[int]] = {}
-    for split, texts in sets.items():
-        keep[split] = [row for row, words in enumerate(texts) if not resembles_an_earlier_one(words)]
-        for row in keep[split]:
-            for word in rarest(texts[row]):
-                earlier[word].append(texts[row])
+    for split, texts in splits.items():
+        words = counter.transform(texts)
+        fresh = np.ones(len(texts), dtype=bool)
+        others = earlier.getnnz(axis=1)
+        for start in range(0, len(texts), 500):  # all pairs at once would fill the memory
+            part = words[start : start + 500]
+            shared = (part @ earlier.T).tocoo()
+            in_either = part.getnnz(axis=1)[shared.row] + others[shared.col] - shared.data
+            fresh[start + shared.row[shared.data / in_either >= bound]] = False
+        keep[split] = np.flatnonzero(fresh).tolist()
+        earlier = vstack([earlier, words[fresh]], format="csr")
     return keep
 
 

@@ -274,9 +274,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         slope = b[grafting]["slope_per_decade"]
         text = f'grafting="{grafting}": {slope["mean"]:.2f}±{slope["error"]:.2f} a decade'
         line(best, b["lr"], b[grafting]["best_p"], style, scale=1, label=text)
-    best.set(
-        title="b. Best p over all environments", xscale="log", xlabel="learning rate", ylabel="p", ylim=(-0.55, 0.55)
-    )
+    best.set(title="b. Best p over all environments", xscale="log", xlabel="learning rate", ylabel="p (-0.5 to 0.5)")
     line(words, c["p"], c, 0, label="best rate of each p")
     words.set(title=f"c. Rare words: {c['name']}", xlabel="p", ylabel="test accuracy (%)")
     for axis in axes.flat:

@@ -12,14 +12,10 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-for _folder in (str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples")):
-    if _folder not in sys.path:
-        sys.path.insert(0, _folder)
-
-import accelerate_loop  # noqa: E402
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+import accelerate_loop
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 
 class Killed(BaseException):
@@ -69,7 +65,7 @@ def run_job(args, killed_in_save=None, kill_rank=None, first_scale=None):
     ):
         try:
             held["report"] = accelerate_loop.main(args)
-        except (Killed, accelerate_loop.DataError) as error:
+        except (Killed, SystemExit) as error:
             held["error"] = str(error)
     return held
 
