@@ -197,7 +197,7 @@ def test_a_parameter_makes_the_step_that_it_makes_alone(path):
 
 @functools.cache
 def large(path, dtype, p, grafting):
-    """Parameters of several pieces after two steps; without kernels also some with gaps or gradients of other strides."""
+    """Parameters of several pieces after two steps; without kernels also with gaps or gradients of other strides."""
     n, generator = 2 * nsf_update.PIECE + 5, torch.Generator().manual_seed(3)
 
     def draw(*shape):

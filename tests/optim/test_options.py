@@ -25,7 +25,8 @@ BOTH = [
 ]  # fmt: skip
 OF_NSF = [
     ({"betas": (1.0, 0.9)}, "betas[0]=1.0"), ({"betas": (0.9, math.nan)}, "betas[1]=nan"),
-    ({"betas": 0.9}, "betas=0.9"), ({"betas": (0.9,)}, "betas=(0.9,)"), ({"eps": -1e-8}, "eps=-1e-08"), ({"eps": 10**400}, "Invalid eps"),
+    ({"betas": 0.9}, "betas=0.9"), ({"betas": (0.9,)}, "betas=(0.9,)"),
+    ({"eps": -1e-8}, "eps=-1e-08"), ({"eps": 10**400}, "Invalid eps"),
     ({"p": math.nan}, "p=nan"), ({"p": "half"}, "p='half'"), ({"p": torch.ones((), device="meta")}, "Invalid p"),
     ({"grafting": "big"}, "grafting='big', allowed is adam or none"), ({"grafting": None}, "grafting=None"),
 ]  # fmt: skip
