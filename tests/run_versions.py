@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the tests against several versions of Python and transformers, each in a fresh virtual environment.
+"""Run the default tests with several versions of Python, torch and transformers, each in a fresh virtual environment.
 
     python tests/run_versions.py                 # all combinations whose interpreter is installed
     python tests/run_versions.py --only 3.11     # those of one Python
 
-Each environment is what `pip install -c tests/constraints.txt -e ".[dev]"` makes, but for the version of transformers
-where another is asked for and for what that one or that Python does not take, and runs the default test command,
-`python -m pytest`. Prints a table in Markdown, which the README carries. Ends with 1 if a test failed or a combination
-gave no result; an interpreter that is not here is only said to be missing.
+A combination names what it asks for; every other version is that of tests/constraints.txt, as far as this Python takes
+it. Prints a table in Markdown, which tests/README.md carries. Ends with 1 if a test failed or a combination gave no
+result; an interpreter that is not here is only said to be missing.
 """
 
 from __future__ import annotations
@@ -24,18 +23,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
-TESTS: list[str] = []  # nothing more than `python -m pytest`: the default tests
-# Python, and a requirement for transformers; None is the version of the constraints file.
+FLOORS = ["torch==2.6.0", "accelerate==1.3.0", "transformers==5.2.0"]
 COMBINATIONS = [
-    ("3.10", "transformers==5.2.0"),
-    ("3.10", "transformers<5.21"),  # the newest line that takes Python 3.10
-    ("3.11", "transformers==5.2.0"),
-    ("3.11", None),
-    ("3.12", None),
-    ("3.13", None),
+    ("3.10", FLOORS),  # those of pyproject.toml
+    ("3.10", ["transformers<5.21"]),  # the newest line that takes Python 3.10
+    ("3.11", ["transformers==5.2.0"]),
+    ("3.11", []),
+    ("3.11", ["transformers>=5.24"]),  # the newest there is
+    ("3.12", []),
+    ("3.13", []),
 ]
-# What another version of transformers chooses for itself.
-ITS_OWN = ("transformers", "tokenizers", "huggingface_hub")
+SHOWN = ("torch", "accelerate", "transformers")
+# What another version of transformers or torch chooses for itself.
+ITS_OWN = {"transformers": ("tokenizers", "huggingface_hub"), "torch": ("numba", "llvmlite", "numpy", "triton")}
 
 
 def interpreter(version: str) -> str | None:
@@ -49,59 +49,53 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-def pinned(name: str) -> str:
-    """The line of the constraints file for one package."""
-    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
-    return next(line for line in lines if line.startswith(f"{name}=="))
-
-
-def constraints(pip: list[str], transformers: str | None) -> list[str]:
-    """The lines of the constraints file but for those of another transformers and what this Python does not take."""
+def constraints(pip: list[str], asked: list[str]) -> list[str]:
+    """The lines of the constraints file, but for what is asked for otherwise and what this Python does not take."""
+    names = [re.split(r"[<=>]", each)[0] for each in asked]
+    free = {*names, *(other for name in names for other in ITS_OWN.get(name, ()))}
     kept = []
     for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines():
         name, _, version = line.partition("==")
-        if not version or (transformers and name in ITS_OWN):
-            continue
-        known = subprocess.run([*pip, "index", "versions", name], capture_output=True, text=True).stdout
-        if re.search(rf"(?<![\w.]){re.escape(version)}(?![\w.])", known):
-            kept.append(line)
+        if version and name not in free:
+            known = subprocess.run([*pip, "index", "versions", name], capture_output=True, text=True).stdout
+            if re.search(rf"(?<![\w.]){re.escape(version)}(?![\w.])", known):
+                kept.append(line)
     return kept
 
 
-def run_one(version: str, transformers: str | None) -> tuple[list[str], bool]:
-    """Install and test one combination; returns its cells (torch, transformers, result), and whether all is well."""
-    asked = transformers or pinned("transformers")
+def run_one(version: str, asked: list[str]) -> tuple[list[str], bool]:
+    """Install and test one combination; returns its cells (versions, result), and whether all is well."""
+    unknown = [""] * len(SHOWN)
     python = interpreter(version)
     if python is None:
-        return ["", asked, f"not run: no Python {version} here"], True
+        return [*unknown, f"not run: no Python {version} here"], True
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, env=environment)
     with tempfile.TemporaryDirectory() as folder:
         if run([python, "-m", "venv", folder]).returncode:
-            return ["", asked, "not installed: no virtual environment"], False
+            return [*unknown, "not installed: no virtual environment"], False
         own = f"{folder}/bin/python"
         pip = [own, "-m", "pip", "--disable-pip-version-check"]
         kept = Path(folder, "constraints.txt")
-        kept.write_text("\n".join(constraints(pip, transformers)), encoding="utf-8")
+        kept.write_text("\n".join([*constraints(pip, asked), *asked]), encoding="utf-8")
         # torch first: an open requirement may bring other builds of it.
-        for packages in ([pinned("torch")], [asked, "-e", ".[dev]"]):
+        for packages in (["torch"], ["-e", ".[test]"]):
             done = run([*pip, "install", "--quiet", "-c", str(kept), *packages])
             if done.returncode:
-                return ["", asked, f"not installed: {(done.stderr.strip() or 'no word').splitlines()[-1]}"], False
-        shown = run([own, "-c", "import torch, transformers; print(torch.__version__, transformers.__version__)"])
-        if shown.returncode:
-            print(shown.stderr[-3000:], file=sys.stderr)
-            return ["", asked, "no result: torch or transformers cannot be imported"], False
-        versions = shown.stdout.split()[-2:]
-        done = run([own, "-m", "pytest", "-q", *TESTS])
+                return [*unknown, f"not installed: {(done.stderr.strip() or 'no word').splitlines()[-1]}"], False
+        show = f"import importlib.metadata as m; print(*map(m.version, {SHOWN}))"
+        versions = run([own, "-c", show]).stdout.split() or unknown
+        # Old versions deprecate each other, which the default run takes for errors.
+        warnings = ["-o", "filterwarnings="] if asked and ">=" not in asked[0] else []
+        done = run([own, "-m", "pytest", "-q", *warnings])
         last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
         result = ", ".join(re.findall(r"\d+ (?:passed|skipped|failed|errors?)", last)) or "no result"
         well = done.returncode == 0 and "passed" in result
         if not well:
             print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
             result += f" (pytest ended with {done.returncode})"
-        return [versions[0].split("+")[0], versions[1], result], well
+        return [*(each.split("+")[0] for each in versions), result], well
 
 
 def main() -> int:
@@ -110,10 +104,10 @@ def main() -> int:
     known = list(dict.fromkeys(version for version, _ in COMBINATIONS))
     parser.add_argument("--only", choices=known, help="only this Python, e.g. 3.12")
     only = parser.parse_args().only
-    rows, all_well = ["| Python | torch | transformers | tests |", "|---|---|---|---|"], True
-    for version, transformers in COMBINATIONS:
+    rows, all_well = [f"| Python | {' | '.join(SHOWN)} | tests |", "|---" * (len(SHOWN) + 2) + "|"], True
+    for version, asked in COMBINATIONS:
         if only in (None, version):
-            cells, well = run_one(version, transformers)
+            cells, well = run_one(version, asked)
             all_well = all_well and well
             rows.append(f"| {version} | " + " | ".join(cells) + " |")
             print(rows[-1], file=sys.stderr, flush=True)

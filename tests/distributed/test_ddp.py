@@ -24,7 +24,7 @@ DIFFERENT = [
      "low_loss_momentum (group 0): 0.8 on rank 0, 0.7 on rank 1"),
     ("nsf", {"optim_args": "p_min=-0.25,p_max=0.5,cycles=2,grafting=none"},
      "grafting (group 0): 'adam' on rank 0, 'none' on rank 1"),
-    ("nsf", {"learning_rate": 2e-2}, "initial_lr (group 0): 0.01 on rank 0, 0.02 on rank 1"),
+    ("nsf", {"learning_rate": 2e-2}, "lr (group 0): 0.01 on rank 0, 0.02 on rank 1"),
     ("nsf", {"max_steps": 20}, "number of updates: 18 on rank 0, 20 on rank 1"),
     ("lcam", {"optimizer": "nsf", "optim": "nsf"}, "optimizer: LCAM on rank 0, NSF on rank 1"),
 ]  # fmt: skip

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 STEPS, BATCH, SHARDED_BATCH = 36, 16, 14  # six epochs of six updates, with 96 rows or 80 texts
 SPAN = {False: 0.02, True: 0.1}  # seconds, about what a step and its save take: whole, sharded
-SETTINGS = {"dropout": 0.2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "num_train_epochs": 6}
+SETTINGS = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "num_train_epochs": 6}
 
 
 class _Reports(TrainerCallback):
@@ -50,10 +50,11 @@ def _train(optimizer, folder, resume, rank, processes, port, pipe, state_dict):
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
     settings = {**SETTINGS, "per_device_train_batch_size": BATCH // processes}
-    kind = tiny_run
+    kind = fsdp_run if state_dict else tiny_run
     if state_dict:
-        kind = fsdp_run
         settings.update(state_dict=state_dict, per_device_train_batch_size=SHARDED_BATCH // processes)
+    else:
+        settings["dropout"] = 0.2
     trainer = kind.make_trainer(folder, optimizer, callbacks=[_Reports(pipe)], **settings)
     trainer.train(resume_from_checkpoint=resume)
     torch.save(kind.held(trainer), Path(folder, f"final-{rank}.pt"))
