@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.optim.sgd import sgd
 
 from .checks import as_float, check_at_least_zero, check_choice, check_decay, check_flag, check_paths
 from .dtensor import grad_shards, is_sharded, to_local
+from .loss_phase import phase_momentum
 from .low_precision import LOW_PRECISION, kahan_round, kahan_value, load_state
 from .pieces import chunk_by_numel, same_dense_layout
 
@@ -21,18 +21,6 @@ LOSS_AVERAGES = ("epoch", "ema")
 DEFAULT_EMA_DECAY = 0.98
 PIECE = 1 << 17  # elements; on a CPU the pieces of a step with Kahan sums stay in cache
 _PAIR = ("low_loss_momentum", "high_loss_momentum")
-
-
-def phase_momentum(group: dict[str, Any], low: bool) -> float:
-    """Momentum of a parameter group in the low (`low=True`) or the high loss phase.
-
-    torch's SGD leaves the buffer alone at momentum 0, so that a later step with momentum would add a stale one. Where
-    the group's other momentum is not 0, the smallest normal float stands for 0: `mu * buf + g` is then `g` exactly.
-    """
-    mu, other = group["low_loss_momentum"], group["high_loss_momentum"]
-    if not low:
-        mu, other = other, mu
-    return sys.float_info.min if mu == 0 and other != 0 else mu
 
 
 class LCAM(SGD):

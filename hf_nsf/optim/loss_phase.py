@@ -4,13 +4,26 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .checks import as_float
-from .lcam import phase_momentum
+
+
+def phase_momentum(group: dict[str, Any], low: bool) -> float:
+    """Momentum of a parameter group in the low (`low=True`) or the high loss phase.
+
+    torch's SGD leaves the buffer alone at momentum 0, so that a later step with momentum would add a stale one. Where
+    the group's other momentum is not 0, the smallest normal float stands for 0: `mu * buf + g` is then `g` exactly.
+    """
+    mu, other = group["low_loss_momentum"], group["high_loss_momentum"]
+    if not low:
+        mu, other = other, mu
+    return sys.float_info.min if mu == 0 and other != 0 else mu
 
 
 class LossPhase:
