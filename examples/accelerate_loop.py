@@ -19,7 +19,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +26,8 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
-from datasets.exceptions import DatasetsError
-from embedded_data import compute_metrics
-from image_classification import DataTrainingArguments, ModelArguments, build_model, default_learning_rate, prepare
+from embedded_data import DataTrainingArguments, compute_metrics, one_sentence
+from image_classification import ModelArguments, build_model, default_learning_rate, prepare
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, HfArgumentParser, default_data_collator, get_linear_schedule_with_warmup
 
@@ -70,7 +68,6 @@ class LoopArguments:
 class Progress:
     """Where a training stands; together with what `save_state` keeps, all that another process needs to go on."""
 
-    optim: str
     epoch: int = 0
     batches: int = 0  # of this epoch
     log: list[dict[str, float]] = field(default_factory=list)  # one entry an update
@@ -82,7 +79,7 @@ def build_accelerator(arguments: LoopArguments) -> Accelerator:
     # as there are processes). The seedable sampler's order follows from the seed and the epoch alone.
     accelerator = Accelerator(
         # Without cpu=True accelerate takes torchrun's processes on a machine without GPUs for single ones.
-        cpu=not torch.accelerator.is_available(),
+        cpu=not getattr(torch, "accelerator", torch.cuda).is_available(),
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(
@@ -130,15 +127,12 @@ def load_checkpoint(accelerator: Accelerator, arguments: LoopArguments) -> Progr
         folder = broadcast_object_list([newest])[0]  # the main process decides for all
     accelerator.print("Starting anew" if folder is None else f"Resuming from {folder}")
     if folder is None:
-        return Progress(arguments.optim)
+        return Progress()
     file = Path(folder, "progress.json")
     if not file.is_file():
         raise ValueError(f"resume_from_checkpoint={folder} is no checkpoint of this script: {file} is missing.")
-    progress = Progress(**json.loads(file.read_text(encoding="utf-8")))
-    if progress.optim != arguments.optim:
-        raise ValueError(f"The checkpoint {folder} is of optim={progress.optim}, this run of optim={arguments.optim}.")
-    accelerator.load_state(folder)
-    return progress
+    accelerator.load_state(folder)  # the optimizer refuses another one's state
+    return Progress(**json.loads(file.read_text(encoding="utf-8")))
 
 
 def evaluate(accelerator: Accelerator, model: Any, loader: DataLoader) -> dict[str, float]:
@@ -155,7 +149,7 @@ def evaluate(accelerator: Accelerator, model: Any, loader: DataLoader) -> dict[s
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Parse the arguments, train and report; returns what stands in metrics.json."""
-    try:
+    with one_sentence():
         parser = HfArgumentParser((ModelArguments, DataTrainingArguments, LoopArguments))
         model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses(args)
         output, accumulation = Path(arguments.output_dir), arguments.gradient_accumulation_steps
@@ -179,10 +173,6 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
         loaders = {name: accelerator.prepare(loader) for name, loader in loaders.items()}
         progress = load_checkpoint(accelerator, arguments)
-    except (ValueError, OSError, NotImplementedError, DatasetsError) as error:
-        if isinstance(error, DatasetsError):  # says only that something went wrong
-            error = error.__cause__ or error
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
     phase = LossPhase(optimizer) if arguments.optim == "lcam" else None
     while progress.epoch < arguments.num_train_epochs:

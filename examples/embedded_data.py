@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples need without a network: two small real data sets, and the metric.
+"""What the classification examples share: data, metric, and one sentence for bad input.
 
-The data are scikit-learn's digits, and sentences from the docstrings of Python's standard library.
+The data are the user's, or without a network scikit-learn's digits or the docstrings of Python's standard library.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ import ast
 import io
 import random
 import re
+import sys
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets.exceptions import DatasetsError
 from scipy.sparse import csr_matrix, vstack
 from sklearn.datasets import load_digits
 from sklearn.feature_extraction.text import CountVectorizer
@@ -28,6 +32,7 @@ from transformers import EvalPrediction
 
 SPLIT_SEED = 0
 SPLITS = ("train", "validation", "test")
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPLIT_SHARES = (0.70, 0.15, 0.15)
 
 # Topic -> top-level modules of the standard library. Modules that a Python release lacks are skipped.
@@ -71,6 +76,94 @@ MAX_SENTENCES_PER_MODULE = 250
 MIN_WORDS, MAX_WORDS = 6, 60
 OPENING_WORDS = 6
 NEAR_DUPLICATE_SIMILARITY = 0.6
+
+
+@dataclass
+class DataTrainingArguments:
+    """Where the data comes from. With none of these, it is embedded."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a local folder."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "Local .parquet, .csv, .json or .jsonl file."})
+    validation_file: str | None = field(default=None, metadata={"help": "Default: a share of the training data."})
+    test_file: str | None = field(default=None, metadata={"help": "Default: no test."})
+    input_column: str | None = field(default=None, metadata={"help": "Default: text or sentence; image or img."})
+    label_column: str | None = field(default=None, metadata={"help": "Default: label or labels."})
+    validation_share: float = field(default=0.15, metadata={"help": "Of the training data, where no split is there."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random part of this size."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for validation and test."})
+
+
+def load_splits(arguments: DataTrainingArguments, embedded: Callable[[], DatasetDict], *usual: str) -> DatasetDict:
+    """Load and check the data.
+
+    Args:
+        arguments: what the user asked for.
+        embedded: makes the data where the user named none.
+        usual: names of the column of inputs.
+
+    Returns:
+        Splits train, validation and perhaps test, with the columns `labels` and `usual[0]`.
+
+    Raises:
+        ValueError, OSError, DatasetsError: something about the data is wrong.
+    """
+    files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
+    files = {split: file for split, file in files.items() if file is not None}
+    if arguments.dataset_name is not None and files:
+        raise ValueError("Give either --dataset_name or local files, not both.")
+    if arguments.dataset_name is not None:
+        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+    elif files:
+        formats = {FORMATS.get(Path(file).suffix, "") for file in files.values()}
+        if "train" not in files or len(formats) > 1 or "" in formats:
+            raise ValueError(f"Local files must have one format ({', '.join(FORMATS)}) and include a --train_file.")
+        splits = load_dataset(formats.pop(), data_files=files)
+    else:
+        splits = embedded()
+    if "train" not in splits:
+        raise ValueError(f"The data has no train split, only {', '.join(splits)}.")
+
+    columns = splits["train"].column_names
+    for new, wanted, names in (
+        (usual[0], arguments.input_column, usual),
+        ("labels", arguments.label_column, ("label", "labels")),
+    ):
+        old = next((name for name in ([wanted] if wanted else names) if name in columns), None)
+        if old is None:
+            raise ValueError(f"No column {wanted or ' or '.join(names)}: the columns are {', '.join(columns)}.")
+        splits = splits if old == new else splits.rename_column(old, new)
+    splits = splits.select_columns([usual[0], "labels"])
+    if not isinstance(splits["train"].features["labels"], ClassLabel):
+        values = splits["train"].unique("labels")
+        if not all(isinstance(value, int | str) for value in values) or len(values) < 2:
+            raise ValueError(f"Labels must be at least two different numbers or strings, found {values[:5]}.")
+        label = ClassLabel(names=[str(value) for value in sorted(values)])
+        splits = splits.cast_column("labels", Value("string")).cast_column("labels", label)
+    if "test" in splits and splits["test"].unique("labels") == [-1]:  # hidden, as in GLUE
+        del splits["test"]
+    if "validation" not in splits:
+        parts = splits["train"].train_test_split(arguments.validation_share, seed=SPLIT_SEED)
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    splits = DatasetDict({name: splits[name] for name in SPLITS if name in splits})
+    for name, split in splits.items():
+        limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
+        if limit is not None and limit < 1:
+            raise ValueError(f"A limit of {limit} samples leaves the {name} split empty: give 1 or more.")
+        if limit is not None:
+            splits[name] = split.shuffle(seed=SPLIT_SEED).select(range(min(limit, len(split))))
+    return splits
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """End the script with one sentence where arguments or data are wrong."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError, DatasetsError) as error:  # Arrow has casts not implemented
+        # A DatasetsError says only that something went wrong.
+        cause = error.__cause__ if isinstance(error, DatasetsError) else None
+        sys.exit(f"error: {' '.join(str(cause or error).split())}")
 
 
 class AccuracyAndF1(evaluate.Metric):

@@ -15,16 +15,13 @@ With a pretrained model, images load on demand; for a new one they are decoded o
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, DatasetDict, Image, Value, load_dataset
-from datasets.exceptions import DatasetsError
-from embedded_data import compute_metrics, load_digits_images
+from datasets import Image
+from embedded_data import DataTrainingArguments, compute_metrics, load_digits_images, load_splits, one_sentence
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, relu
 from transformers import (
@@ -41,8 +38,6 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
 
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-
 
 @dataclass
 class ModelArguments:
@@ -54,22 +49,6 @@ class ModelArguments:
     architecture: str = field(
         default="wrn-10-2", metadata={"help": "Of the new model: wrn-DEPTH-WIDTH, e.g. wrn-10-1 (ResNet-8), wrn-28-10."}
     )
-
-
-@dataclass
-class DataTrainingArguments:
-    """Where the images come from. With none of these: scikit-learn's digits."""
-
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a local folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "Local .parquet, .csv, .json or .jsonl file."})
-    validation_file: str | None = field(default=None, metadata={"help": "Default: a share of the training data."})
-    test_file: str | None = field(default=None, metadata={"help": "Default: no test."})
-    image_column: str | None = field(default=None, metadata={"help": "Default: image or img."})
-    label_column: str | None = field(default=None, metadata={"help": "Default: label or labels."})
-    validation_share: float = field(default=0.15, metadata={"help": "Of the training data, where no split is there."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random part of this size."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for validation and test."})
     image_size: int | None = field(default=None, metadata={"help": "For a new model (default: the first image's)."})
     augment: bool = field(default=False, metadata={"help": "For a new model: random flips and crops."})
 
@@ -91,54 +70,6 @@ class TrainingArguments(HfTrainingArguments):
 
 
 # ---- data
-
-
-def load_splits(arguments: DataTrainingArguments) -> DatasetDict:
-    """Load train, validation and perhaps test, with columns `image` and `labels`; a ValueError says what is wrong."""
-    files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
-    files = {split: file for split, file in files.items() if file is not None}
-    if arguments.dataset_name is not None and files:
-        raise ValueError("Give either --dataset_name or local files, not both.")
-    if arguments.dataset_name is not None:
-        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-    elif files:
-        formats = {FORMATS.get(Path(file).suffix, "") for file in files.values()}
-        if "train" not in files or len(formats) > 1 or "" in formats:
-            raise ValueError(f"Local files must have one format ({', '.join(FORMATS)}) and include a --train_file.")
-        splits = load_dataset(formats.pop(), data_files=files)
-    else:
-        splits = load_digits_images()
-    if "train" not in splits:
-        raise ValueError(f"The data has no train split, only {', '.join(splits)}.")
-
-    columns = splits["train"].column_names
-    for new, wanted, usual in (
-        ("image", arguments.image_column, ("image", "img")),
-        ("labels", arguments.label_column, ("label", "labels")),
-    ):
-        old = next((name for name in ([wanted] if wanted else usual) if name in columns), None)
-        if old is None:
-            raise ValueError(f"No column {wanted or ' or '.join(usual)}: the columns are {', '.join(columns)}.")
-        splits = splits if old == new else splits.rename_column(old, new)
-    splits = splits.select_columns(["image", "labels"]).cast_column("image", Image(mode="RGB"))
-    if not isinstance(splits["train"].features["labels"], ClassLabel):
-        values = splits["train"].unique("labels")
-        if not all(isinstance(value, int | str) for value in values) or len(values) < 2:
-            raise ValueError(f"Labels must be at least two different numbers or strings, found {values[:5]}.")
-        names = ClassLabel(names=[str(value) for value in sorted(values)])
-        splits = splits.cast_column("labels", Value("string")).cast_column("labels", names)
-
-    if "validation" not in splits:
-        parts = splits["train"].train_test_split(arguments.validation_share, seed=0)
-        splits["train"], splits["validation"] = parts["train"], parts["test"]
-    splits = DatasetDict({name: splits[name] for name in ("train", "validation", "test") if name in splits})
-    for name, split in splits.items():
-        limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
-        if limit is not None and limit < 1:
-            raise ValueError(f"A limit of {limit} samples leaves the {name} split empty: give 1 or more.")
-        if limit is not None:
-            splits[name] = split.shuffle(seed=0).select(range(min(limit, len(split))))
-    return splits
 
 
 class ImagesInMemory(torch.utils.data.Dataset):
@@ -255,13 +186,13 @@ def build_model(arguments: ModelArguments, label_names: list[str]) -> PreTrained
 
 def prepare(model_arguments: ModelArguments, data_arguments: DataTrainingArguments) -> tuple[dict[str, Any], Any, Any]:
     """Load all but the model: the splits ready for training, the names of the labels, and an image processor if any."""
-    splits = load_splits(data_arguments)
+    splits = load_splits(data_arguments, load_digits_images, "image", "img").cast_column("image", Image(mode="RGB"))
     names = splits["train"].features["labels"].names
     if model_arguments.model_name_or_path is None:
-        size = None if data_arguments.image_size is None else (data_arguments.image_size,) * 2
+        size = None if model_arguments.image_size is None else (model_arguments.image_size,) * 2
         data = {}
         for name, split in splits.items():
-            data[name] = ImagesInMemory(split, size, augment=name == "train" and data_arguments.augment)
+            data[name] = ImagesInMemory(split, size, augment=name == "train" and model_arguments.augment)
             size = data["train"].size
         return data, names, None
     processor = AutoImageProcessor.from_pretrained(model_arguments.model_name_or_path)
@@ -282,7 +213,7 @@ def default_learning_rate(optim: str, pretrained: bool) -> float:
 
 def main(args: list[str] | None = None) -> None:
     """Parse the arguments, train, evaluate and save; wrong arguments or data end it with one sentence."""
-    try:
+    with one_sentence():
         parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
         model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(args)
         datasets, label_names, processor = prepare(model_arguments, data_arguments)
@@ -298,10 +229,6 @@ def main(args: list[str] | None = None) -> None:
             compute_metrics=compute_metrics,
             processing_class=processor,
         )
-    except (ValueError, OSError, NotImplementedError, DatasetsError) as error:
-        if isinstance(error, DatasetsError):  # says only that something went wrong
-            error = error.__cause__ or error
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
     trained = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     trainer.save_model()

@@ -13,15 +13,11 @@ without a network:
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, DatasetDict, Value, load_dataset
-from datasets.exceptions import DatasetsError
-from embedded_data import compute_metrics, load_docstring_sentences
+from embedded_data import DataTrainingArguments, compute_metrics, load_docstring_sentences, load_splits, one_sentence
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -39,7 +35,6 @@ from transformers import TrainingArguments as HfTrainingArguments
 
 import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
 
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 # Weights start at the scale of their inputs; ModernBERT's own 0.02 suits layers of some 2,500 units. Embeddings are
 # normalised before use, so a small scale lets them turn fast, which helps SGD with the many rare tokens.
@@ -58,22 +53,6 @@ class ModelArguments:
 
 
 @dataclass
-class DataTrainingArguments:
-    """Where the texts come from. With none of these: the docstrings of Python's standard library."""
-
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a local folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "Local .parquet, .csv, .json or .jsonl file."})
-    validation_file: str | None = field(default=None, metadata={"help": "Default: a share of the training data."})
-    test_file: str | None = field(default=None, metadata={"help": "Default: no test."})
-    text_column: str | None = field(default=None, metadata={"help": "Default: text or sentence."})
-    label_column: str | None = field(default=None, metadata={"help": "Default: label or labels."})
-    validation_share: float = field(default=0.15, metadata={"help": "Of the training data, where no split is there."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random part of this size."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for validation and test."})
-
-
-@dataclass
 class TrainingArguments(HfTrainingArguments):
     """The Trainer's arguments, with defaults for this task."""
 
@@ -89,59 +68,6 @@ class TrainingArguments(HfTrainingArguments):
 
 
 # ---- data
-
-
-def load_splits(arguments: DataTrainingArguments) -> DatasetDict:
-    """Load train, validation and perhaps test, with columns `text` and `labels`; a ValueError says what is wrong."""
-    files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
-    files = {split: file for split, file in files.items() if file is not None}
-    if arguments.dataset_name is not None and files:
-        raise ValueError("Give either --dataset_name or local files, not both.")
-    if arguments.dataset_name is not None:
-        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-    elif files:
-        formats = {FORMATS.get(Path(file).suffix, "") for file in files.values()}
-        if "train" not in files or len(formats) > 1 or "" in formats:
-            raise ValueError(f"Local files must have one format ({', '.join(FORMATS)}) and include a --train_file.")
-        splits = load_dataset(formats.pop(), data_files=files)
-    else:
-        splits = load_docstring_sentences()
-    if "train" not in splits:
-        raise ValueError(f"The data has no train split, only {', '.join(splits)}.")
-
-    columns = splits["train"].column_names
-    for new, wanted, usual in (
-        ("text", arguments.text_column, ("text", "sentence")),
-        ("labels", arguments.label_column, ("label", "labels")),
-    ):
-        old = next((name for name in ([wanted] if wanted else usual) if name in columns), None)
-        if old is None:
-            raise ValueError(f"No column {wanted or ' or '.join(usual)}: the columns are {', '.join(columns)}.")
-        splits = splits if old == new else splits.rename_column(old, new)
-    splits = splits.select_columns(["text", "labels"])
-    for name, split in splits.items():
-        if not all(isinstance(text, str) for text in split["text"]):
-            raise ValueError(f"The texts of the {name} split must be strings; some are not, or are missing.")
-    if not isinstance(splits["train"].features["labels"], ClassLabel):
-        values = splits["train"].unique("labels")
-        if not all(isinstance(value, int | str) for value in values) or len(values) < 2:
-            raise ValueError(f"Labels must be at least two different numbers or strings, found {values[:5]}.")
-        names = ClassLabel(names=[str(value) for value in sorted(values)])
-        splits = splits.cast_column("labels", Value("string")).cast_column("labels", names)
-    if "test" in splits and splits["test"].unique("labels") == [-1]:  # as in GLUE
-        del splits["test"]
-
-    if "validation" not in splits:
-        parts = splits["train"].train_test_split(arguments.validation_share, seed=0)
-        splits["train"], splits["validation"] = parts["train"], parts["test"]
-    splits = DatasetDict({name: splits[name] for name in ("train", "validation", "test") if name in splits})
-    for name, split in splits.items():
-        limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
-        if limit is not None and limit < 1:
-            raise ValueError(f"A limit of {limit} samples leaves the {name} split empty: give 1 or more.")
-        if limit is not None:
-            splits[name] = split.shuffle(seed=0).select(range(min(limit, len(split))))
-    return splits
 
 
 def train_tokenizer(texts: list[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
@@ -202,10 +128,13 @@ def default_learning_rate(optim: str, pretrained: bool) -> float:
 
 def main(args: list[str] | None = None) -> None:
     """Parse the arguments, train, evaluate and save; wrong arguments or data end it with one sentence."""
-    try:
+    with one_sentence():
         parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
         model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(args)
-        splits = load_splits(data_arguments)
+        splits = load_splits(data_arguments, load_docstring_sentences, "text", "sentence")
+        for name, split in splits.items():
+            if not all(isinstance(text, str) for text in split["text"]):
+                raise ValueError(f"The texts of the {name} split must be strings; some are not, or are missing.")
         pretrained = model_arguments.model_name_or_path
         if pretrained is None:
             tokenizer = train_tokenizer(splits["train"]["text"][:], model_arguments.vocabulary_size)
@@ -230,10 +159,6 @@ def main(args: list[str] | None = None) -> None:
             compute_metrics=compute_metrics,
             processing_class=tokenizer,
         )
-    except (ValueError, OSError, DatasetsError) as error:
-        if isinstance(error, DatasetsError):  # says only that something went wrong
-            error = error.__cause__ or error
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
     trained = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     trainer.save_model()

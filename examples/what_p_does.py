@@ -26,7 +26,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from embedded_data import load_docstring_sentences
+from embedded_data import SPLITS, DataTrainingArguments, load_docstring_sentences, load_splits, one_sentence
 from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor, nn
 
@@ -166,21 +166,12 @@ def best_exponent(exponents: list[float], accuracy: list[float]) -> float:
     return -b / (2 * a) if a < 0 else exponents[k]
 
 
-def load_texts(sst2: str | None) -> tuple[str, dict[str, tuple[list[str], list[int]]]]:
-    """The name of the texts, and the texts and labels of each split."""
-    if sst2 is None:
-        splits = load_docstring_sentences()
-        return "topics of docstrings", {name: (split["text"][:], split["label"][:]) for name, split in splits.items()}
-    from datasets import Dataset
-
-    found = {}
-    for name in ("train", "validation", "test"):
-        file = Path(sst2, f"{name}.parquet")
-        if not file.is_file():
-            raise SystemExit(f"error: --sst2 {sst2}: there is no file {file}.")
-        split = Dataset.from_parquet(str(file))
-        found[name] = (split["sentence"][:], split["label"][:])
-    return "SST-2", found
+def load_texts(sst2: str | None) -> dict[str, tuple[list[str], list[int]]]:
+    """The texts and labels of each split."""
+    files = {} if sst2 is None else {f"{name}_file": str(Path(sst2, f"{name}.parquet")) for name in SPLITS}
+    with one_sentence():
+        splits = load_splits(DataTrainingArguments(**files), load_docstring_sentences, "text", "sentence")
+    return {name: (split["text"][:], split["labels"][:]) for name, split in splits.items()}
 
 
 def rare_words(
@@ -294,7 +285,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: give 1 or more")
     seeds, start = options.seeds, time.perf_counter()
-    name, texts = load_texts(options.sst2)
+    texts = load_texts(options.sst2)
     few, many = [-0.5, -0.25, 0.0, 0.25, 0.5], [round(0.1 * k - 0.5, 1) for k in range(11)]
     results: dict[str, Any] = {"seeds": seeds}
     if options.quick:
@@ -305,7 +296,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         results["sines"] = fit_sines(few, seeds, moments=[200, 1000])
         results["features"] = rare_features(many, [1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2], seeds, steps=800)
         results["words"] = rare_words(texts, few, [4e-3, 1.6e-2, 6.4e-2], seeds, epochs=3)
-    results["words"]["name"] = name
+    results["words"]["name"] = "SST-2" if options.sst2 else "topics of docstrings"
     results["seconds"] = round(time.perf_counter() - start)
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,10 @@ import pytest
 import text_classification
 import torch
 import what_p_does
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
-from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import EvalPrediction, HfArgumentParser, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_nsf import NSF
 
@@ -68,10 +68,10 @@ def write(folder, files):
     return flags
 
 
-def load(module, flags):
-    """What the script loads for these flags."""
-    parser = module.HfArgumentParser(module.DataTrainingArguments)
-    return module.load_splits(*parser.parse_args_into_dataclasses([*map(str, flags)]))
+def load(flags, *usual):
+    """What the scripts load for these flags."""
+    parser = HfArgumentParser(embedded_data.DataTrainingArguments)
+    return embedded_data.load_splits(*parser.parse_args_into_dataclasses([*map(str, flags)]), DatasetDict, *usual)
 
 
 # ---- embedded data and metric
@@ -157,7 +157,7 @@ def test_local_tables(tmp_path, ending):
     table = Dataset.from_dict({"sentence": [f"text {row}" for row in range(20)], "label": [10, 5] * 10})
     path = tmp_path / f"train.{ending}"
     getattr(table, f"to_{ending}")(path)
-    splits = load(text_classification, ["--train_file", path, "--max_eval_samples", 2])
+    splits = load(["--train_file", path, "--max_eval_samples", 2], "text", "sentence")
     assert splits["train"].features["labels"].names == ["5", "10"]
     assert {name: len(split) for name, split in splits.items()} == {"train": 17, "validation": 2}
     for text, label in zip(splits["train"]["text"], splits["train"]["labels"], strict=True):
@@ -167,7 +167,7 @@ def test_local_tables(tmp_path, ending):
 def test_a_folder_of_tables(tmp_path):
     (tmp_path / "data").mkdir()
     write(tmp_path / "data", {"train.csv": GOOD, "test.csv": GOOD, "unrelated.txt": GOOD})
-    splits = load(text_classification, ["--dataset_name", tmp_path / "data", "--validation_share", 0.5])
+    splits = load(["--dataset_name", tmp_path / "data", "--validation_share", 0.5], "text", "sentence")
     assert {name: len(split) for name, split in splits.items()} == {"train": 2, "validation": 2, "test": 4}
     assert splits["test"]["labels"][:] == [0, 1, 0, 1]
 
@@ -181,7 +181,7 @@ def test_declared_labels_stay_and_hidden_ones_leave_the_test_out(tmp_path):
     flags = [
         text for name in ("train", "validation", "test") for text in (f"--{name}_file", tmp_path / f"{name}.parquet")
     ]
-    splits = load(text_classification, flags)
+    splits = load(flags, "text", "sentence")
     assert splits["train"].features["labels"].names == ["pos", "neg"] and set(splits) == {"train", "validation"}
     assert splits["train"]["labels"][:] == [0, 1, 1] and splits["validation"]["labels"][:] == [1]
 
@@ -201,7 +201,7 @@ def test_images_of_every_kind(tmp_path, kind):
         value = {"bytes": digit_png(), "struct": {"bytes": digit_png(), "path": None}, "file names": path}[kind]
         table = Dataset.from_dict({"img": [value] * 8, "label": ["no", "yes"] * 4})
         table.to_csv(flags[1]) if kind == "file names" else table.to_parquet(flags[1])
-    splits = load(image_classification, flags)
+    splits = load(flags, "image", "img").cast_column("image", Image(mode="RGB"))
     assert splits["train"].features["labels"].names == ["no", "yes"]
     assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 2}
     pixels = image_classification.ImagesInMemory(splits["validation"], (8, 8))[0]["pixel_values"]
@@ -243,7 +243,7 @@ def test_wide_resnets_have_their_number_of_parameters(architecture, millions):
     [
         ({"train.csv": "words,label\none,a\ntwo,b\n"}, [], "No column text or sentence: the columns are words, label"),
         ({"train.csv": "text,topic\none,a\ntwo,b\n"}, [], "No column label or labels: the columns are text, topic"),
-        ({"train.csv": GOOD}, ["--text_column", "body"], "No column body: the columns are text, label"),
+        ({"train.csv": GOOD}, ["--input_column", "body"], "No column body: the columns are text, label"),
         ({"train.csv": GOOD, "validation.csv": "text,label\none,c\n"}, [], "Invalid string class label c"),
         ({"train.csv": GOOD, "validation.csv": "text,label\n"}, [], "corresponds to no data"),
         ({"train.csv": ""}, [], "No columns to parse from file"),
@@ -253,7 +253,7 @@ def test_wide_resnets_have_their_number_of_parameters(architecture, millions):
         ({"validation.csv": GOOD}, [], "include a --train_file"),
         ({"train.csv": "text,label\none,a\ntwo,a\n"}, [], "two different numbers or strings, found ['a']"),
         ({"train.csv": "text,label\none,0.5\ntwo,1.5\n"}, [], "two different numbers or strings, found [0.5, 1.5]"),
-        ({"train.csv": "text,label\n,a\ntwo,b\n"}, [], "texts of the train split must be strings"),
+        ({"train.csv": "text,label\n,a\n,b\n"}, [], "split must be strings"),
         ({"train.csv": GOOD}, ["--dataset_name", "imdb"], "either --dataset_name or local files"),
         ({"train.csv": GOOD}, ["--max_train_samples", "0"], "limit of 0 samples"),
         ({"train.csv": GOOD}, ["--model_name_or_path", "gone"], "error: "),
@@ -354,7 +354,7 @@ def test_what_p_does_quickly(tmp_path, small_docstrings, capsys):
     with PIL.Image.open(tmp_path / "what_p_does.png") as picture:
         assert min(picture.size) > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
     assert "topics of docstrings" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="there is no file .*train.parquet"):
+    with pytest.raises(SystemExit, match="error: Unable to find .*train.parquet"):
         what_p_does.main(["--output_dir", str(tmp_path), "--sst2", str(tmp_path)])
 
 
