@@ -5,11 +5,13 @@ By default a small wide ResNet learns scikit-learn's handwritten digits, without
 
     python examples/image_classification.py --output_dir out --optim nsf
     python examples/image_classification.py --output_dir out --optim lcam --train_file train.parquet \
-        --test_file test.parquet --architecture wrn-28-10 --augment true
+        --test_file test.parquet --architecture wrn-28-10 --augment true --per_device_train_batch_size 128 \
+        --learning_rate 0.1 --weight_decay 5e-4 --max_grad_norm 0 --warmup_steps 0 --num_train_epochs 120
     python examples/image_classification.py --output_dir out --optim nsf --dataset_name beans \
         --model_name_or_path google/vit-base-patch16-224-in21k
 
-With a pretrained model, images load on demand; for a new one they are decoded once and kept in memory.
+The second, on CIFAR-10, is the setting of LCAM's paper but for its steps of the learning rate, which falls linearly here
+(--lr_scheduler_type). With a pretrained model, images load on demand; for a new one they are decoded once and kept in memory.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class TrainingArguments(HfTrainingArguments):
     warmup_steps: float = field(default=0.1, metadata={"help": "Updates, or a share below 1, of rising rate."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints. The end is always saved."})
-    logging_steps: float = field(default=10, metadata={"help": "Log the training loss every so many updates."})
+    logging_steps: float = field(default=5, metadata={"help": "Log the training loss every so many updates."})
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory for a GPU."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep it false: images load on demand."})
 
