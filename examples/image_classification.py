@@ -10,8 +10,8 @@ By default a small wide ResNet learns scikit-learn's handwritten digits, without
     python examples/image_classification.py --output_dir out --optim nsf --dataset_name beans \
         --model_name_or_path google/vit-base-patch16-224-in21k
 
-The second, on CIFAR-10, is the setting of LCAM's paper but for its steps of the learning rate, which falls linearly here
-(--lr_scheduler_type). With a pretrained model, images load on demand; for a new one they are decoded once and kept in memory.
+On CIFAR-10 the second has the network, learning rate and weight decay of LCAM's paper. Images of a new model are decoded
+once and kept in memory; with a pretrained one they load on demand.
 """
 
 from __future__ import annotations
