@@ -10,8 +10,8 @@ By default a small wide ResNet learns scikit-learn's handwritten digits, without
     python examples/image_classification.py --output_dir out --optim nsf --dataset_name beans \
         --model_name_or_path google/vit-base-patch16-224-in21k
 
-On CIFAR-10 the second has the network, learning rate and weight decay of LCAM's paper. Images of a new model are decoded
-once and kept in memory; with a pretrained one they load on demand.
+On CIFAR-10 the second has the network, learning rate and weight decay of LCAM's paper. Images of a new model are
+decoded once and kept in memory; with a pretrained one they load on demand.
 """
 
 from __future__ import annotations
