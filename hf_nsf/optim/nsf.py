@@ -84,8 +84,8 @@ class NSF(Optimizer):
       its step changes by orders of magnitude with p, so that each p needs a learning rate of its own.
     * `grafting="adam"`, our deviation and the default: with `d = sqrt(v_hat) + eps`, `a = m_hat / d` and
       `u = a d^(1-2p)`, `theta <- theta - eta u ||a|| / ||u||` for each parameter tensor: NSF's direction with the
-      length of Adam's step (layer-wise grafting, arXiv 2002.11803), so that one learning rate serves all p. The authors
-      measure the coupling of p and eta that this removes in arXiv 2609.30271.
+      length of Adam's step (layer-wise grafting, arXiv 2002.11803), so that a learning rate that suits AdamW suits all
+      p. The best p depends on the learning rate with and without it (arXiv 2609.30271, `examples/what_p_does.py`).
 
     p = 1/2 is Adam (low frequencies), p = 0 is SGD with an averaged momentum, p < 0 amplifies high frequencies. p is a
     function of the number of updates that a parameter has had and of its group's options; see
