@@ -259,7 +259,13 @@ def start(bench, seconds):
     (bench.folder / "sleep").write_text(str(seconds))
     # compare.py by its path: it needs nothing of the package before the picture, and so starts at once.
     arguments = bench.arguments("--optims", "adamw", "sgd", "--seeds", "1")
-    tool = subprocess.Popen([sys.executable, compare.__file__, *arguments], stderr=subprocess.PIPE, text=True)
+    tool = subprocess.Popen(
+        [sys.executable, compare.__file__, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background, such as these tests may be, has Ctrl-C ignored, and its children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(lambda: len(processes(bench)) == 2)
     return tool, processes(bench)
 
