@@ -134,8 +134,11 @@ def first_half(buckets: list[Bucket], numel: int | None = PIECE) -> Tensor:
             d = _denominator(v, s)
             a_norms = _norms(_divide(m, d, s.eps), exact)
             u_norms = _norms(_direction(m, d, s), exact)
-            sums.index_add_(0, torch.tensor(owners, device=device), torch.stack([a_norms, u_norms], dim=1).square_())
-        all_sums.append(sums * torch.tensor([s.c2, s.c2 ** (2 * s.p)], dtype=exact, device=device))
+            rows = torch.tensor(owners, device="cpu").to(device, non_blocking=True)
+            sums.index_add_(0, rows, torch.stack([a_norms, u_norms], dim=1).square_())
+        sums[:, 0] *= s.c2
+        sums[:, 1] *= s.c2 ** (2 * s.p)
+        all_sums.append(sums)
     return torch.cat(all_sums)
 
 
