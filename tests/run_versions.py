@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
-FLOORS = ["torch==2.6.0", "accelerate==1.3.0", "transformers==5.2.0"]
+FLOORS = ["torch==2.7.0", "accelerate==1.7.0", "transformers==5.2.0"]
 COMBINATIONS = [
     ("3.10", FLOORS),  # those of pyproject.toml
     ("3.10", ["transformers<5.21"]),  # the newest line that takes Python 3.10
