@@ -143,7 +143,8 @@ class LCAM(SGD):
         multi_tensor = not fused and (foreach or (foreach is None and any(g.device.type != "cpu" for g in grads)))
         if multi_tensor and group["nesterov"] and not (group["weight_decay"] or group["maximize"]):
             grads = [g.clone() for g in grads]  # torch adds to the gradients unless decay or maximize made copies
-        options = {name: group[name] for name in ("lr", "weight_decay", "dampening", "nesterov", "maximize")}
+        options = {name: group[name] for name in ("weight_decay", "dampening", "nesterov", "maximize")}
+        options["lr"] = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
         sparse = any(g.is_sparse for g in grads)
         sgd(params, grads, bufs, has_sparse_grad=sparse, foreach=foreach, fused=fused, momentum=mu, **options)
         if fused:
