@@ -119,8 +119,10 @@ class Comparison:
         with open(folder / "log.txt", "wb") as log, self.lock:
             if self.stopping:
                 return
+            # The run itself notes its number: so none is without, whenever this process is killed.
+            noted = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(folder / "pid")]
             process = subprocess.Popen(
-                self.command(run),
+                [*noted, *self.command(run)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -128,10 +130,9 @@ class Comparison:
                 start_new_session=True,  # its whole group can be ended then
             )
             self.children.add(process.pid)
-        (folder / "pid").write_text(str(process.pid), "utf-8")
         code = process.wait()
         self.children.discard(process.pid)
-        (folder / "pid").unlink()
+        (folder / "pid").unlink(missing_ok=True)
         states = [path for path in (state, folder / "output" / state.name) if path.exists()]
         metrics = folder / "output" / "all_results.json"
         result: dict[str, Any] = {"seconds": time.time() - started}
