@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison of optimizers, over a script that only writes what a Trainer would write."""
 
-from __future__ import contextlib
+from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
