@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LCAM as a plain script: torch's SGD whose momentum is set by hand in the loop (arXiv 2309.02130, METHOD.md)."""
+"""LCAM as a plain script: torch's SGD whose momentum is set by hand in the loop (arXiv 2309.02130)."""
 
 import torch
 
