@@ -24,7 +24,7 @@ from . import nsf_update
 from .checks import as_float, check_at_least_zero, check_choice, check_decay, check_flag, check_paths
 from .dtensor import grad_shards, is_sharded, sum_over_shards, to_local
 from .low_precision import LOW_PRECISION, load_state
-from .nsf_update import P_RANGE, Bucket, Scalars
+from .nsf_update import KEPT, P_RANGE, Bucket, Scalars
 from .p_cycle import CYCLE_OPTIONS, check_cycle, lacks_total, p_at, short_period
 from .pieces import PLAIN, same_dense_layout
 
@@ -226,14 +226,18 @@ class NSF(Optimizer):
             torch._foreach_add_(counters, torch.tensor(1.0, device="cpu"), alpha=1.0)
         sums: dict[Path, Tensor] = {}
         for path, buckets in work.items():
-            if path.needs_norms:
-                sums[path] = path.halves.first_half(buckets)
+            halves = path.halves
+            if not path.needs_norms:
+                halves.whole_step(buckets)
+            elif sharded:
+                sums[path] = halves.first_half(buckets)
             else:
-                path.halves.whole_step(buckets)
+                for part in [[bucket] for bucket in buckets] if halves is _EAGER else [buckets]:
+                    halves.second_half(part, halves.first_half(part))
         if sharded:
             _reduce(sharded, work, sums)
         for path, buckets in work.items():
-            if path.needs_norms:
+            if path in sums:
                 path.halves.second_half(buckets, sums[path])
             if path.halves not in (_EAGER, _REFERENCE):  # kernels tell autograd nothing
                 torch.autograd.graph.increment_version([param for bucket in buckets for param in bucket.params])
@@ -265,6 +269,7 @@ class NSF(Optimizer):
             raise RuntimeError("NSF takes no sparse gradients; use torch.nn.Embedding(sparse=False).")
         dtensors = [q for group in groups for q in group["params"] if is_sharded(q) and q.grad is not None]
         shards = grad_shards(dtensors)
+        work: dict[Path, list[Bucket]] = {}
         found: dict[tuple[Path, int, float], Bucket] = {}
         counters: list[Tensor] = []
         sharded: list[Sharded] = []
@@ -289,9 +294,10 @@ class NSF(Optimizer):
                 halves = _halves_for(group, scalars[k], param, grad, m, v, comp)
                 path = Path(halves, param.device, param.dtype, comp is not None, scalars[k].needs_norms)
                 bucket = found.get((path, index, k))
-                if bucket is None:
+                if bucket is None or (halves is _EAGER and bucket.numel + param.numel() > KEPT):
                     comps: list[Tensor] | None = None if comp is None else []
                     bucket = found[path, index, k] = Bucket([], [], [], [], comps, scalars[k])
+                    work.setdefault(path, []).append(bucket)
                 if is_shard and reduces:
                     sharded.append((q, bucket if path.needs_norms else None, len(bucket.params)))
                 bucket.append(param, grad, m, v, comp)
@@ -299,9 +305,6 @@ class NSF(Optimizer):
                 self._last_p = next(iter(scalars.values())).p
         if dtensors:
             torch.autograd.graph.increment_version(dtensors)  # their shards have versions of their own
-        work: dict[Path, list[Bucket]] = {}
-        for (path, _, _), bucket in found.items():
-            work.setdefault(path, []).append(bucket)
         return work, counters, sharded
 
     def _state_of(self, param: Any, group: dict[str, Any]) -> dict[str, Any]:

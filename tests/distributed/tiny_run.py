@@ -6,6 +6,7 @@ the end of a job to `<folder>/<job>-<rank>.pt`.
 """
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -250,4 +251,5 @@ if __name__ == "__main__":
         torch.save(run_job(each, target), Path(target, f"{each['name']}-{os.environ.get('RANK', 0)}.pt"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        gc.collect()  # models in cycles hold DDP's process group, whose threads would abort the process at its end
         torch.distributed.destroy_process_group()

@@ -5,6 +5,7 @@ Run as a script with a JSON file of jobs and a folder, each process writes what 
 `<folder>/<job>-<rank>.pt`.
 """
 
+import gc
 import json
 import os
 import signal
@@ -77,4 +78,5 @@ if __name__ == "__main__":
         torch.save(run_job(**job), Path(target, f"{name}-{os.environ.get('RANK', 0)}.pt"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        gc.collect()  # models in cycles hold DDP's process group, whose threads would abort the process at its end
         torch.distributed.destroy_process_group()

@@ -224,6 +224,24 @@ def test_large_tensors_are_cut_into_the_same_step(path):
         assert relative_error(ours, exact[: len(ours)]) <= 1e-6
 
 
+@pytest.mark.parametrize("p", [0.1, -2.0])
+def test_directions_that_are_kept_are_those_made_again(p, monkeypatch):
+    """With room for all, for one parameter at a time, and for none; those of p = -2 are in float64."""
+    made, results, counts = [], [], []
+    monkeypatch.setattr(
+        nsf_update, "_direction", lambda *args, make=nsf_update._direction: made.append(1) or make(*args)
+    )
+    for kept in (1 << 30, 4 * nsf_update.PIECE, 0):
+        for module in (nsf, nsf_update):
+            monkeypatch.setattr(module, "KEPT", kept)
+        large.cache_clear()
+        results.append(large("foreach", torch.float32, p, "adam"))
+        counts.append(len(made) - sum(counts))
+    large.cache_clear()
+    assert identical(results[0], results[1]) and identical(results[0], results[2])
+    assert counts[2] == 2 * counts[0]
+
+
 @pytest.mark.parametrize("path", NSF_PATHS)
 def test_gradients_that_are_not_laid_out_as_they_seem(path):
     """Other strides, expanded ones, negated views, tensors without memory: right, or refused."""

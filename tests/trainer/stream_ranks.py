@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A rank of `torchrun`: LCAM on streams that do not divide, and what stops ranks that differ. Prints one line."""
 
+import gc
 import os
 import sys
 
@@ -75,7 +76,8 @@ def main():
     assert "updates of an epoch" in epochs, epochs
     print(f"rank {RANK} has passed", flush=True)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # gloo's threads may else abort the process at its end
+    gc.collect()  # trainers in cycles hold DDP's process group, whose threads would abort the process at its end
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
