@@ -46,10 +46,9 @@ def _torch_adamw(buckets: list[Bucket]) -> None:
     """Make the step of torch's fused AdamW, for p = 1/2."""
     for b in buckets:
         s = b.scalars
-        steps = list(torch.full((len(b.params),), s.t - 1, dtype=torch.float32, device="cpu").unbind())
         betas: dict[str, Any] = {"beta1": s.beta1, "beta2": s.beta2, "amsgrad": False, "fused": True}
         options: dict[str, Any] = {"lr": s.lr, "weight_decay": s.weight_decay, "eps": s.eps, "maximize": s.maximize}
-        adamw(b.params, b.grads, b.exp_avgs, b.exp_avg_sqs, [], steps, **betas, **options)
+        adamw(b.params, b.grads, b.exp_avgs, b.exp_avg_sqs, [], b.steps, **betas, **options)  # it counts, too
 
 
 _FUNCTIONS: tuple[Any, Any, Any] = (nsf_update.first_half, nsf_update.second_half, nsf_update.whole_step)
@@ -220,8 +219,9 @@ class NSF(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._warn_of_short_periods()
-        work, counters, sharded = self._sort()
+        work, sharded = self._sort()
         # Only now, when nothing can be refused any more, does anything change.
+        counters = [k for path, buckets in work.items() if path.halves is not _TORCH for b in buckets for k in b.steps]
         if counters:
             torch._foreach_add_(counters, torch.tensor(1.0, device="cpu"), alpha=1.0)
         sums: dict[Path, Tensor] = {}
@@ -257,12 +257,12 @@ class NSF(Optimizer):
                 break
         self._warned = True
 
-    def _sort(self) -> tuple[dict[Path, list[Bucket]], list[Tensor], list[Sharded]]:
+    def _sort(self) -> tuple[dict[Path, list[Bucket]], list[Sharded]]:
         """Deal the parameters to buckets, creating missing states.
 
         Returns:
-            The buckets of each path, the counters of updates, and for each DTensor whose sums are to be reduced its
-            bucket and row there, if it has a gradient.
+            The buckets of each path, and for each DTensor whose sums are to be reduced its bucket and row there, if it
+            has a gradient.
         """
         groups = self.param_groups
         if any(q.grad is not None and q.grad.is_sparse for group in groups for q in group["params"]):
@@ -271,7 +271,6 @@ class NSF(Optimizer):
         shards = grad_shards(dtensors)
         work: dict[Path, list[Bucket]] = {}
         found: dict[tuple[Path, int, float], Bucket] = {}
-        counters: list[Tensor] = []
         sharded: list[Sharded] = []
         for index, group in enumerate(groups):
             scalars: dict[float, Scalars] = {}
@@ -283,33 +282,32 @@ class NSF(Optimizer):
                         sharded.append((q, None, 0))
                     continue
                 state = self._state_of(q, group)
-                counters.append(state["step"])
                 k = state["step"].item()
-                if k not in scalars:
-                    scalars[k] = _scalars(k, group)
+                s = scalars.get(k)
+                if s is None:
+                    s = scalars[k] = _scalars(k, group)
                 param, m, v, comp = q, state["exp_avg"], state["exp_avg_sq"], state.get("kahan_comp")
                 grad = next(shards) if is_shard else q.grad
                 if is_shard:
                     param, m, v, comp = (to_local(tensor) for tensor in (q, m, v, comp))
-                halves = _halves_for(group, scalars[k], param, grad, m, v, comp)
-                path = Path(halves, param.device, param.dtype, comp is not None, scalars[k].needs_norms)
+                halves = _halves_for(group, s, param, grad, m, v, comp)
+                path = Path(halves, param.device, param.dtype, comp is not None, s.needs_norms)
                 bucket = found.get((path, index, k))
                 if bucket is None or (halves is _EAGER and bucket.numel + param.numel() > KEPT):
-                    comps: list[Tensor] | None = None if comp is None else []
-                    bucket = found[path, index, k] = Bucket([], [], [], [], comps, scalars[k])
+                    bucket = found[path, index, k] = Bucket([], [], [], [], None if comp is None else [], s)
                     work.setdefault(path, []).append(bucket)
                 if is_shard and reduces:
                     sharded.append((q, bucket if path.needs_norms else None, len(bucket.params)))
-                bucket.append(param, grad, m, v, comp)
+                bucket.append(param, grad, m, v, comp, state["step"])
             if index == 0 and scalars:
                 self._last_p = next(iter(scalars.values())).p
         if dtensors:
             torch.autograd.graph.increment_version(dtensors)  # their shards have versions of their own
-        return work, counters, sharded
+        return work, sharded
 
     def _state_of(self, param: Any, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
-        dtype = torch.promote_types(param.dtype, torch.float32)
+        dtype = torch.float64 if param.dtype is torch.float64 else torch.float32
         # Other states may be there: wrappers of optimizers keep their own.
         if not ("step" in state and "exp_avg" in state and "exp_avg_sq" in state):
             state["step"] = _counter(0)

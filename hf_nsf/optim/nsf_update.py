@@ -88,6 +88,7 @@ class Bucket:
         exp_avg_sqs: v, of the dtype of m.
         kahan_comps: what rounding dropped of theta, of the dtype of theta; None without Kahan sums.
         scalars: the step.
+        steps: counters of updates.
         numel: number of elements of the parameters.
         directions: what the first half keeps of u for the second, chunk by chunk.
     """
@@ -98,16 +99,20 @@ class Bucket:
     exp_avg_sqs: list[Tensor]
     kahan_comps: list[Tensor] | None
     scalars: Scalars
+    steps: list[Tensor] = dataclasses.field(default_factory=list)
     numel: int = 0
     directions: list[list[Tensor]] = dataclasses.field(default_factory=list)
 
-    def append(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, comp: Tensor | None) -> None:
+    def append(
+        self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, comp: Tensor | None, step: Tensor
+    ) -> None:
         """Add a parameter's tensors."""
         self.numel += param.numel()
         self.params.append(param)
         self.grads.append(grad)
         self.exp_avgs.append(exp_avg)
         self.exp_avg_sqs.append(exp_avg_sq)
+        self.steps.append(step)
         if self.kahan_comps is not None and comp is not None:
             self.kahan_comps.append(comp)
 

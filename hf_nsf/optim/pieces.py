@@ -20,9 +20,9 @@ def same_dense_layout(first: Tensor, *others: Tensor) -> bool:
     """
     if type(first) not in PLAIN:
         return False
-    size, contiguous = first.numel(), first.is_contiguous()
+    size, contiguous, device, strided = first.numel(), first.is_contiguous(), first.device, torch.strided
     for other in others:
-        if type(other) not in PLAIN or other.layout is not torch.strided or other.device != first.device:
+        if type(other) not in PLAIN or other.layout is not strided or other.device != device:
             return False
         if other.numel() != size or other.is_contiguous() is not contiguous:
             return False
