@@ -23,9 +23,7 @@ import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from datasets.exceptions import DatasetsError
-from scipy.sparse import csr_matrix, vstack
 from sklearn.datasets import load_digits
-from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 from transformers import EvalPrediction
@@ -75,7 +73,6 @@ TOPIC_MODULES = {
 MAX_SENTENCES_PER_MODULE = 250
 MIN_WORDS, MAX_WORDS = 6, 60
 OPENING_WORDS = 6
-NEAR_DUPLICATE_SIMILARITY = 0.6
 
 
 @dataclass
@@ -228,45 +225,32 @@ def load_docstring_sentences() -> DatasetDict:
     """Load the sentences of the standard library's docstrings, each labelled with the topic of its module.
 
     Only source files are read; nothing is imported. A module stands in one split only. Sentences that open with the
-    same words count as duplicates: one is kept, or none where they belong to different topics. Of sentences in
-    different splits that share 60 % or more of the words in either, the one nearer to the training goes.
+    same words count as duplicates: one is kept, or none where they belong to different topics.
 
     Returns:
         Columns ``text``, ``label`` and ``module`` in the splits train, validation and test: the same ones for the same
         Python release.
     """
-    names_to_hide = hidden_words()
-    by_module: dict[tuple[str, str], list[str]] = {}
-    topics_of_opening: dict[str, set[str]] = defaultdict(set)
+    hidden, topics = hidden_words(), list(TOPIC_MODULES)
+    by_opening: dict[str, tuple[str, str, str] | None] = {}
     for topic, module, path in _topic_files():
-        sentences: dict[str, str] = {}
         for sentence in _docstring_sentences(path):
-            text = strip_words(sentence, names_to_hide | set(module.lower().split(".")))
+            text = strip_words(sentence, hidden | set(module.lower().split(".")))
             words = normalised_words(text)
             if MIN_WORDS <= len(words) <= MAX_WORDS:
-                sentences.setdefault(_opening(text), text)
-        fresh = [text for opening, text in sentences.items() if topic not in topics_of_opening[opening]]
-        for opening in sentences:
-            topics_of_opening[opening].add(topic)
-        by_module[topic, module] = fresh
-    for key, sentences_of_module in by_module.items():
-        unique = [text for text in sentences_of_module if len(topics_of_opening[_opening(text)]) == 1]
-        by_module[key] = unique[:MAX_SENTENCES_PER_MODULE]
-
-    rows: dict[str, dict[str, list]] = {split: {"text": [], "label": [], "module": []} for split in SPLITS}
-    topics = list(TOPIC_MODULES)
-    for topic in topics:
-        sizes = {module: len(texts) for (owner, module), texts in by_module.items() if owner == topic and texts}
-        for module, split in assign_modules(sizes).items():
-            for text in by_module[topic, module]:
-                rows[split]["text"].append(text)
-                rows[split]["label"].append(topics.index(topic))
-                rows[split]["module"].append(module)
-    nearer_to_test_first = {split: rows[split]["text"] for split in reversed(SPLITS)}
-    for split, kept in without_near_duplicates(nearer_to_test_first, NEAR_DUPLICATE_SIMILARITY).items():
-        rows[split] = {name: [column[row] for row in kept] for name, column in rows[split].items()}
+                known = by_opening.setdefault(" ".join(words[:OPENING_WORDS]), (topic, module, text))
+                if known and known[0] != topic:
+                    by_opening[" ".join(words[:OPENING_WORDS])] = None
+    by_module: dict[str, dict[str, list[str]]] = {topic: defaultdict(list) for topic in topics}
+    for topic, module, text in filter(None, by_opening.values()):
+        if len(by_module[topic][module]) < MAX_SENTENCES_PER_MODULE:
+            by_module[topic][module].append(text)
+    rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+    for topic, texts_of in by_module.items():
+        for module, split in assign_modules({module: len(texts) for module, texts in texts_of.items()}).items():
+            rows[split] += [{"text": text, "label": topic, "module": module} for text in texts_of[module]]
     features = Features({"text": Value("string"), "label": ClassLabel(names=topics), "module": Value("string")})
-    return DatasetDict({split: Dataset.from_dict(columns, features=features) for split, columns in rows.items()})
+    return DatasetDict({split: Dataset.from_list(rows[split], features=features) for split in SPLITS})
 
 
 def hidden_words() -> set[str]:
@@ -302,34 +286,6 @@ def normalised_words(text: str) -> list[str]:
     return re.findall(r"[a-z]{2,}", text.lower())
 
 
-def without_near_duplicates(splits: dict[str, list[str]], bound: float) -> dict[str, list[int]]:
-    """Find the texts that resemble no kept text of an earlier split.
-
-    Args:
-        splits: the texts of each split, those that shall lose nothing first.
-        bound: two texts are near-duplicates if they share at least this part, in (0, 1], of the words in either.
-
-    Returns:
-        The numbers of the texts to keep in each split.
-    """
-    counter = CountVectorizer(analyzer=lambda text: set(normalised_words(text)), dtype=np.float32)
-    counter.fit(text for texts in splits.values() for text in texts)
-    earlier = csr_matrix((0, len(counter.vocabulary_)), dtype=np.float32)
-    keep: dict[str, list[int]] = {}
-    for split, texts in splits.items():
-        words = counter.transform(texts)
-        fresh = np.ones(len(texts), dtype=bool)
-        others = earlier.getnnz(axis=1)
-        for start in range(0, len(texts), 500):  # all pairs at once would fill the memory
-            part = words[start : start + 500]
-            shared = (part @ earlier.T).tocoo()
-            in_either = part.getnnz(axis=1)[shared.row] + others[shared.col] - shared.data
-            fresh[start + shared.row[shared.data / in_either >= bound]] = False
-        keep[split] = np.flatnonzero(fresh).tolist()
-        earlier = vstack([earlier, words[fresh]], format="csr")
-    return keep
-
-
 def assign_modules(sizes: dict[str, int]) -> dict[str, str]:
     """Share the modules of one topic among the splits, whole modules only.
 
@@ -353,10 +309,6 @@ def assign_modules(sizes: dict[str, int]) -> dict[str, str]:
         missing[split] -= sizes[module]
         assigned[module] = split
     return assigned
-
-
-def _opening(text: str) -> str:
-    return " ".join(normalised_words(text)[:OPENING_WORDS])
 
 
 def _topic_files() -> Iterator[tuple[str, str, Path]]:

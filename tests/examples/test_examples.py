@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import math
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -99,24 +98,6 @@ def test_docstring_splits_share_no_module_and_no_opening_and_hide_names(docstrin
             assert not set(embedded_data.re.findall(r"\w+", text.lower())) & (hidden | set(module.lower().split(".")))
     assert not modules[0] & modules[1] and not modules[0] & modules[2] and not modules[1] & modules[2]
     assert len(set(openings)) == len(openings)
-
-
-def test_near_duplicates_are_those_of_all_pairs():
-    generator = random.Random(0)
-    words = [first + second for first in "abcdef" for second in "xyz"]
-    splits = {
-        name: [" ".join(generator.choices(words, k=generator.randint(1, 9))) for _ in range(60)] for name in "abc"
-    }
-    for bound in (0.3, 0.5, 0.6, 1.0):
-        earlier, expected = [], {}
-        for name, texts in splits.items():
-            sets = [set(text.split()) for text in texts]
-            expected[name] = [
-                row for row, x in enumerate(sets) if all(len(x & y) / len(x | y) < bound for y in earlier)
-            ]
-            earlier += [sets[row] for row in expected[name]]
-        assert embedded_data.without_near_duplicates(splits, bound) == expected
-        assert len(expected["a"]) == 60 and len(expected["c"]) < 60
 
 
 @pytest.mark.parametrize(
