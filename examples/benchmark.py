@@ -2,7 +2,7 @@
 r"""Time NSF and LCAM beside torch's own optimizers, side by side in one run.
 
     python examples/benchmark.py --output_dir out                              all parts, about 10 minutes on 2 cores
-    python examples/benchmark.py --output_dir out --parts steps --dtypes float32 bfloat16 --shapes minilm vit
+    python examples/benchmark.py --output_dir out --parts steps --dtypes float32 bfloat16 --shapes minilm llama
     python examples/benchmark.py --output_dir out --parts training --device cuda
 
 Prints Markdown tables and writes them, with all figures, to benchmark.json and benchmark.md.
@@ -50,13 +50,6 @@ def minilm() -> Shapes:
     return shapes + 6 * [*layer, (hidden, inner), (hidden,), (hidden,), (hidden,)]
 
 
-def vit() -> Shapes:
-    """ViT-B/16: 86M parameters."""
-    h = 768
-    layer: Shapes = [*[(h, h), (h,)] * 4, *[(h,)] * 4, (4 * h, h), (4 * h,), (h, 4 * h), (h,)]
-    return [(1, 1, h), (1, 197, h), (h, 3, 16, 16), (h,), *12 * layer, (h,), (h,), (1000, h), (1000,)]
-
-
 def llama_layer() -> Shapes:
     """One layer of an 8B Llama: 218M parameters."""
     attention: Shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)]
@@ -65,10 +58,8 @@ def llama_layer() -> Shapes:
 
 SHAPES: dict[str, Callable[[], Shapes]] = {
     "minilm": minilm,
-    "vit": vit,
     "llama": llama_layer,
     "small": lambda: [(1000,)] * 1000,
-    "matrix": lambda: [(4096, 4096)],
     "tiny": lambda: [(64, 64), (64,), (300, 200)],
 }
 Maker = Callable[[Any], torch.optim.Optimizer]

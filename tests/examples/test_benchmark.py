@@ -8,7 +8,7 @@ import benchmark
 import pytest
 
 
-@pytest.mark.parametrize(("name", "millions"), [("minilm", 22.713), ("vit", 86.567), ("llama", 218.112), ("small", 1)])
+@pytest.mark.parametrize(("name", "millions"), [("minilm", 22.713), ("llama", 218.112), ("small", 1)])
 def test_models_have_their_number_of_parameters(name, millions):
     assert sum(map(math.prod, benchmark.SHAPES[name]())) / 1e6 == pytest.approx(millions, rel=2e-3)
 
