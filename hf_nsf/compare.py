@@ -360,7 +360,7 @@ def _protocol(options: argparse.Namespace) -> str:
 
 
 def _figure(value: float | None, error: float | None = None, form: str = ".4g") -> str:
-    text = "–" if value is None else f"{value:{form}}"
+    text = "–" if value is None else f"{round(value, 12):{form}}"  # a sum of equal differences is not always 0
     return text if error is None else f"{text} ± {error:.2g}"
 
 
