@@ -238,9 +238,10 @@ def load_docstring_sentences() -> DatasetDict:
             text = strip_words(sentence, hidden | set(module.lower().split(".")))
             words = normalised_words(text)
             if MIN_WORDS <= len(words) <= MAX_WORDS:
-                known = by_opening.setdefault(" ".join(words[:OPENING_WORDS]), (topic, module, text))
+                opening = " ".join(words[:OPENING_WORDS])
+                known = by_opening.setdefault(opening, (topic, module, text))
                 if known and known[0] != topic:
-                    by_opening[" ".join(words[:OPENING_WORDS])] = None
+                    by_opening[opening] = None
     by_module: dict[str, dict[str, list[str]]] = {topic: defaultdict(list) for topic in topics}
     for topic, module, text in filter(None, by_opening.values()):
         if len(by_module[topic][module]) < MAX_SENTENCES_PER_MODULE:
