@@ -26,10 +26,10 @@ try:
 except ImportError as problem:
     raise ImportError(f"hf_nsf.plots needs matplotlib: pip install 'hf_nsf[plots]' ({problem})") from None
 
-# Okabe and Ito's palette without its yellow, for readers who see colours differently; styles and markers help them too.
+# Okabe and Ito's palette without its yellow, for readers who see colours differently; dashes and markers help them too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _DASHES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1)), (0, (9, 2)), (0, (4, 1, 1, 1, 1, 1)))
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^v<>"
 _STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "axes.axisbelow": True, "axes.labelpad": 6, "axes.xmargin": 0.01, "lines.linewidth": 1.5, "legend.frameon": False,
@@ -38,13 +38,15 @@ _STYLE: Any = {
 _NAMES = {"loss": "training loss", "nsf_p": "exponent p", "lcam_momentum": "momentum", "learning_rate": "learning rate"}
 _NO_METRICS = ("runtime", "_per_second", "_time")  # how other names that start with eval_ end
 _OF_ONE_RUN = ("seed", "data_seed", "output_dir", "logging_dir", "run_name", "resume_from_checkpoint")
-_Log = list[dict[str, Any]]
+_Run = dict[str, dict[int, float]]  # the values of each name by step
 
 
-def plot_runs(*log_histories: _Log, labels: Sequence[str] | None = None, learning_rate: bool = False) -> Figure:
+def plot_runs(
+    *log_histories: list[dict[str, Any]], labels: Sequence[str] | None = None, learning_rate: bool = False
+) -> Figure:
     """Draw runs over each other: loss, p, momentum with the phases of low loss shaded, each evaluation metric.
 
-    Runs of the same label are seeds of one configuration: their mean is drawn, with a band of its standard error.
+    Runs of the same label are seeds of one configuration: their mean is drawn, with its standard error.
 
     Args:
         log_histories: `trainer.state.log_history` of each run.
@@ -60,51 +62,43 @@ def plot_runs(*log_histories: _Log, labels: Sequence[str] | None = None, learnin
     labels = [f"run {index + 1}" for index in range(len(log_histories))] if labels is None else labels
     if not log_histories or len(labels) != len(log_histories):
         raise ValueError(f"plot_runs needs one label for each run, got {len(labels)} for {len(log_histories)} runs.")
-    groups: dict[str, list[_Log]] = {}
+    groups: dict[str, list[_Run]] = {}
     for label, history in zip(labels, log_histories, strict=True):
-        if not _metrics([history]):
+        run = _values(history)
+        if not _metrics(run):
             raise ValueError(f"The log of {label} holds no losses and no evaluation metrics.")
-        groups.setdefault(label, []).append(history)
-    keys = _metrics(log_histories)
-    others = ["nsf_p", "lcam_momentum", *(["learning_rate"] if learning_rate else [])]
-    keys[1:1] = [key for key in others if any(key in entry for history in log_histories for entry in history)]
+        groups.setdefault(label, []).append(run)
+    names = {name: None for runs in groups.values() for run in runs for name in run}
+    controls = ("nsf_p", "lcam_momentum", "learning_rate") if learning_rate else ("nsf_p", "lcam_momentum")
+    keys = _metrics(names)
+    keys[1:1] = [key for key in controls if key in names]
     handles: list[Any] = []
-    notes: set[str] = set()
     with matplotlib.rc_context(_STYLE):
         figure, axes = _panels(keys)
-        for index, (label, histories) in enumerate(groups.items()):
+        for index, (label, runs) in enumerate(groups.items()):
             for key, axis in axes.items():
-                runs = [run for run in (_values(history, key) for history in histories) if run]
-                notes |= _draw(axis, key, runs, index, faint=0.3 if len(groups) < 4 else 0.1) if runs else set()
-            text = textwrap.fill(f"{label}: {len(histories)} seeds" if len(histories) > 1 else label, 100)
-            handles.append(Line2D([], [], color=_COLOURS[index % 7], ls=_DASHES[index % 6], label=text))
+                if logged := [run[key] for run in runs if key in run]:
+                    _draw(axis, key, logged, index)
+            text = textwrap.fill(f"{label}: {len(runs)} seeds" if len(runs) > 1 else label, 100)
+            handles.append(Line2D([], [], label=text, **_line(index)))
         single = [(index, runs[0]) for index, runs in enumerate(groups.values()) if len(runs) == 1]
-        phases = [(index, values) for index, log in single if (values := _values(log, "lcam_loss_phase"))]
-        if phases and "lcam_momentum" in axes:
+        if phases := [(index, run["lcam_loss_phase"]) for index, run in single if "lcam_loss_phase" in run]:
             _shade(axes["lcam_momentum"], phases)
             handles.append(Patch(color="0.5", alpha=0.35, lw=0, label="phase of low loss"))
-        columns = 105 // (8 + max(len(handle.get_label()) for handle in handles))
+        columns = int(14 * figure.get_figwidth()) // (8 + max(len(handle.get_label()) for handle in handles))
         figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(3, columns)), handlelength=3.2)
-        figure.supxlabel("step (updates)" + "".join(f"   ·   {note}" for note in sorted(notes)), fontsize=9)
+        bands = "   ·   bands, bars: standard error of the mean" if len(groups) < len(log_histories) else ""
+        figure.supxlabel(f"step (updates){bands}", fontsize=9)
     return figure
 
 
-def plot_cycle(
-    *,
-    p: float | None = None,
-    p_min: float | None = None,
-    p_max: float | None = None,
-    cycle_steps: float | None = None,
-    cycles: float | None = None,
-    total_steps: int | None = None,
-    cycle_shape: str | None = None,
-) -> Figure:
+def plot_cycle(**options: Any) -> Figure:
     """Preview the schedule of p over `total_steps` updates, else over four periods.
 
     The options are those of :func:`hf_nsf.p_schedule`, and so are the errors.
     """
-    steps = range(math.ceil(total_steps or 4 * (cycle_steps or DEFAULT_CYCLE_STEPS)))
-    values = p_schedule(steps, p, p_min, p_max, cycle_steps, cycles, total_steps, cycle_shape)
+    steps = range(math.ceil(options.get("total_steps") or 4 * (options.get("cycle_steps") or DEFAULT_CYCLE_STEPS)))
+    values = p_schedule(steps, **options)
     with matplotlib.rc_context(_STYLE):
         figure, axes = _panels(["nsf_p"])
         axes["nsf_p"].plot(steps, values, color=_COLOURS[0])
@@ -115,34 +109,37 @@ def plot_cycle(
 def _panels(keys: list[str]) -> tuple[Figure, dict[str, Axes]]:
     """One panel above the other with a common axis of steps; two columns if there are many."""
     columns = 1 if len(keys) <= 5 else 2
-    rows = math.ceil(len(keys) / columns)
-    figure = Figure(figsize=(4.5 + 3 * columns, 1.1 + 1.8 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
-    for axis in axes[len(keys) :]:
-        axis.set_axis_off()
-    for key, axis in zip(keys, axes, strict=False):
+    rows: Any = [keys[k : k + columns] for k in range(0, len(keys), columns)]
+    rows[-1] += ["."] * (columns - len(rows[-1]))
+    figure = Figure(figsize=(4.5 + 3 * columns, 1.1 + 1.8 * len(rows)), layout="constrained")
+    axes = figure.subplot_mosaic(rows, sharex=True)
+    for key, axis in axes.items():
         axis.set_ylabel(_NAMES.get(key, key))
     figure.align_ylabels()
-    return figure, dict(zip(keys, axes, strict=False))
+    return figure, axes
 
 
-def _metrics(histories: Iterable[_Log]) -> list[str]:
-    """The loss and the evaluation metrics that any of the runs logged, in this order."""
-    numbers = (
-        key
-        for history in histories
-        for entry in history
-        for key, value in entry.items()
-        if isinstance(value, (int, float)) and not key.endswith(_NO_METRICS)
-    )
-    found = dict.fromkeys(key for key in numbers if key == "loss" or key.startswith("eval_"))
-    return sorted(found, key=lambda key: (key != "loss", key != "eval_loss"))
+def _line(index: int) -> dict[str, Any]:
+    """How the lines of a configuration look: from the eighth on colours return, with hollow markers in all panels."""
+    colour = _COLOURS[index % 7]
+    marker = {"marker": _MARKERS[index % 7], "ms": 4, "mfc": colour if index < 7 else "white"}
+    return {"color": colour, "ls": _DASHES[index % 6], **marker}
 
 
-def _values(history: _Log, key: str) -> dict[int, float]:
-    """The last value logged at each step; what is not finite becomes a gap in the line."""
-    found = {entry["step"]: float(entry[key]) for entry in history if key in entry}
-    return {step: value if math.isfinite(value) else math.nan for step, value in sorted(found.items())}
+def _values(history: list[dict[str, Any]]) -> _Run:
+    """The numbers logged, the last one at each step; what is not finite becomes a gap in the line."""
+    found: _Run = {}
+    for entry in history:
+        for name, value in entry.items():
+            if isinstance(value, (int, float)):
+                found.setdefault(name, {})[entry["step"]] = value if math.isfinite(value) else math.nan
+    return found
+
+
+def _metrics(names: Iterable[str]) -> list[str]:
+    """The loss and the evaluation metrics, in this order."""
+    found = [name for name in names if name == "loss" or name.startswith("eval_") and not name.endswith(_NO_METRICS)]
+    return sorted(found, key=lambda name: (name != "loss", name != "eval_loss"))
 
 
 def _moving_mean(values: Any, width: int) -> Any:
@@ -152,34 +149,31 @@ def _moving_mean(values: Any, width: int) -> Any:
     return np.where(known, total / np.maximum(count, 1), np.nan)
 
 
-def _draw(axis: Axes, key: str, runs: list[dict[int, float]], index: int, faint: float) -> set[str]:
-    """Draw the runs of one label into a panel; returns what a reader must be told about it."""
-    colour, dashes, notes = _COLOURS[index % 7], _DASHES[index % 6], set()
+def _draw(axis: Axes, key: str, runs: list[dict[int, float]], index: int) -> None:
+    """Draw the runs of one configuration into a panel."""
+    colour, evaluation = _COLOURS[index % 7], key.startswith("eval_")
     steps = sorted(set.intersection(*map(set, runs)) or set().union(*runs))
     table = np.array([[run.get(step, math.nan) for step in steps] for run in runs])
     width = len(steps) // 40 | 1
-    smooth = key in ("loss", "lcam_momentum") and width > 1
-    if smooth:
+    step: Any = "mid" if key == "lcam_momentum" else None
+    if key in ("loss", "lcam_momentum") and width > 1:
         if key == "loss" and len(runs) == 1:
-            axis.plot(steps, table[0], color=colour, lw=0.6, alpha=faint, zorder=1)
-            notes.add("faint: as logged")
-        table = np.array([_moving_mean(_moving_mean(row, width), width) for row in table])
-        notes.add("losses, momenta: moving means")
-    mean, few = table.mean(axis=0), key.startswith("eval_") and len(steps) <= 20
-    marker: dict[str, Any] = {"marker": _MARKERS[index % 7], "ms": 4} if few else {}
-    shape = "steps-mid" if key == "lcam_momentum" and not smooth else "default"
-    axis.plot(steps, mean, color=colour, ls=dashes, drawstyle=shape, zorder=3, **marker)
+            axis.plot(steps, table[0], color=colour, lw=0.6, alpha=0.2, zorder=1)
+        table, step = np.array([_moving_mean(_moving_mean(row, width), width) for row in table]), None
+        axis.set_ylabel(f"{_NAMES[key]}\n(moving mean)")
+    mean, every = table.mean(axis=0), math.ceil(len(steps) / 12)
+    places: Any = (index % every, every)
+    look: Any = {**_line(index), "markevery": places if evaluation or index > 6 else []}
+    axis.plot(steps, mean, zorder=3, drawstyle="steps-mid" if step else "default", **look)
     if len(runs) > 1:
         error = table.std(axis=0, ddof=1) / math.sqrt(len(runs))
-        if few:
-            axis.errorbar(steps, mean, error, color=colour, fmt="none", capsize=2, elinewidth=1)
+        if evaluation:  # a band would not show at a single one
+            axis.errorbar(steps, mean, error, color=colour, fmt="none", capsize=2, elinewidth=1, errorevery=places)
         else:
-            axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
-        notes.add("bands: standard error of the mean")
+            axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, lw=0, step=step)
     low, high = axis.dataLim.intervaly
     if key.endswith("loss") and low > 0 and high > 100 * low:  # as where a run diverged
         axis.set_yscale("log")
-    return notes
 
 
 def _shade(axis: Axes, phases: list[tuple[int, dict[int, float]]]) -> None:
@@ -190,14 +184,9 @@ def _shade(axis: Axes, phases: list[tuple[int, dict[int, float]]]) -> None:
         axis.set_ylim(high - (high - low) / (1 - 0.08 * len(phases)), high)
     for row, (index, run) in enumerate(phases):
         bottom, top = (0.08 * row + 0.01, 0.08 * row + 0.07) if several else (0.0, 1.0)
-        steps = np.array(list(run), dtype=float)
-        edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])  # half the way to the neighbours
-        heights = np.where(np.array(list(run.values())) == 1, top, bottom)
-        colour = _COLOURS[index % 7] if several else "0.5"
-        axis.fill_between(
-            np.repeat(edges, 2)[1:-1], bottom, np.repeat(heights, 2), color=colour, alpha=0.35, lw=0,
-            transform=axis.get_xaxis_transform(),
-        )  # fmt: skip
+        heights = [top if phase == 1 else bottom for phase in run.values()]
+        look: Any = {"color": _COLOURS[index % 7] if several else "0.5", "alpha": 0.35, "lw": 0, "step": "mid"}
+        axis.fill_between(list(run), bottom, heights, transform=axis.get_xaxis_transform(), **look)
 
 
 class _Settings(pickle.Unpickler):
@@ -207,14 +196,8 @@ class _Settings(pickle.Unpickler):
         def __init__(self, *arguments: Any) -> None:
             self.arguments = arguments
 
-        def __setstate__(self, state: Any) -> None:
-            self.__dict__.update(state)
-
     def find_class(self, module: str, name: str) -> Any:
         return self.Named
-
-    def persistent_load(self, pid: Any) -> None:
-        return None
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -229,13 +212,11 @@ def _settings(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _read(run: Path) -> tuple[_Log, Path]:
-    """The log of a run and its file: the run itself, or in its folder, or in its newest checkpoint if that is later."""
+def _read(run: Path) -> tuple[list[dict[str, Any]], Path]:
+    """The log of a run and its file: the run itself, or the latest state in its folder and checkpoints."""
     if not run.exists():
         raise ValueError(f"There is no file or folder {run}.")
-    checkpoints = (file for file in run.glob("checkpoint-*/trainer_state.json") if file.parts[-2][11:].isdecimal())
-    files = [run] if run.is_file() else sorted(checkpoints, key=lambda file: int(file.parts[-2][11:]))[-1:]
-    files += [file for file in [run / "trainer_state.json"] if file.is_file()]
+    files = [run] if run.is_file() else [*run.glob("checkpoint-*/trainer_state.json"), *run.glob("trainer_state.json")]
     states = []
     for file in files:
         try:
@@ -246,8 +227,6 @@ def _read(run: Path) -> tuple[_Log, Path]:
     if not states:
         raise ValueError(f"{run} holds no trainer_state.json, nor does a checkpoint-N in it.")
     _, history, file = max(states, key=lambda state: state[0])
-    if not _metrics([history]):
-        raise ValueError(f"{file} holds no losses and no evaluation metrics.")
     return history, file
 
 
@@ -255,38 +234,34 @@ def _labels(runs: Sequence[Path], files: Sequence[Path]) -> list[str]:
     """Optimizer and options, or else the run as named; the same for runs that differ in nothing but their seeds."""
     settings = [_settings(file.parent) for file in files]
     several_rates = len({found["learning_rate"] for found in settings if found}) > 1
-    labels = [str(run) for run in runs]
-    groups: dict[str, list[int]] = {}
+    texts = [str(run) for run in runs]
     for index, found in enumerate(settings):
         if found:
-            options = f" ({', '.join(found['optim_args'].split(','))})" if found.get("optim_args") else ""
+            options = f" ({found['optim_args'].replace(',', ', ')})" if found.get("optim_args") else ""
             rate = f", lr {found['learning_rate']:g}" if several_rates else ""
-            groups.setdefault(f"{found['optim']}{options}{rate}", []).append(index)
-    for text, members in groups.items():
-        seeds = {settings[member]["seed"] for member in members}
-        rest = [{k: v for k, v in settings[member].items() if k not in _OF_ONE_RUN} for member in members]
-        are_seeds = len(seeds) == len(members) and all(other == rest[0] for other in rest)
-        for member in members:
-            labels[member] = text if are_seeds else f"{text}: {labels[member]}"
+            texts[index] = f"{found['optim']}{options}{rate}"
+    labels = []
+    for run, text in zip(runs, texts, strict=True):
+        same = [found for found, other in zip(settings, texts, strict=True) if other == text]
+        seeds = {found.get("seed") for found in same}
+        rests = {frozenset(item for item in found.items() if item[0] not in _OF_ONE_RUN) for found in same}
+        labels.append(text if len(seeds) == len(same) and len(rests) == 1 else f"{text}: {run}")
     return labels
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw the runs that the arguments name; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m hf_nsf.plots", description="Draw runs of the Trainer in one PNG.")
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="output_dir, checkpoint or trainer_state.json"
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs.png"), help="default: runs.png")
-    parser.add_argument("--labels", nargs="+", help="one for each run; the same for seeds of one configuration")
-    parser.add_argument("--learning_rate", action="store_true", help="draw the learning rate too")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="output_dir, checkpoint or trainer_state.json")
+    add("--output", type=Path, default=Path("runs.png"), help="default: runs.png")
+    add("--labels", nargs="+", help="one for each run; the same for seeds of one configuration")
+    add("--learning_rate", action="store_true", help="draw the learning rate too")
     options = parser.parse_args(arguments)
     try:
         histories, files = zip(*(_read(run) for run in options.runs), strict=True)
-        figure = plot_runs(
-            *histories, labels=options.labels or _labels(options.runs, files), learning_rate=options.learning_rate
-        )
-        figure.savefig(options.output)
+        labels = options.labels or _labels(options.runs, files)
+        plot_runs(*histories, labels=labels, learning_rate=options.learning_rate).savefig(options.output)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hf_nsf import compare
@@ -28,6 +29,8 @@ optim, seed, rate = given["--optim"], int(given["--seed"]), float(given["--learn
 key = optim + (":" + given["--optim_args"] if "--optim_args" in given else "")
 with open(given["--starts"], "a") as file:
     file.write(f"{key} {rate:g} {seed}\\n")
+with open(given["--starts"] + ".pids", "a") as file:
+    file.write(f"{os.getpid()}\\n")
 sleep = Path(given["--starts"]).with_name("sleep")
 time.sleep(float(sleep.read_text()) if sleep.exists() else 0)
 if key == "broken":
@@ -131,13 +134,13 @@ def test_rates_lower_metrics_and_a_run_without_a_search(bench):
         (0.02, pytest.approx(0.901)),
     ]
     assert {seed for _, _, seed in bench.started()} == {1}
-    kinds = compare.parse(bench.arguments("--optims", "lcam"))[0]
-    assert not kinds.lower_is_better
-    assert compare.parse(bench.arguments("--optims", "lcam", "--metric", "eval_loss"))[0].lower_is_better
-    assert compare.parse(bench.arguments("--optims", "lcam", "--lower_is_better"))[0].lower_is_better
-    assert not compare.parse(bench.arguments("--optims", "a", "--metric", "loss", "--higher_is_better"))[
-        0
-    ].lower_is_better
+    for options, better in [
+        (["--metric", "eval_f1"], "higher"),
+        (["--metric", "eval_loss"], "lower"),
+        (["--metric", "eval_f1", "--lower_is_better"], "lower"),
+        (["--metric", "loss", "--higher_is_better"], "higher"),
+    ]:
+        assert compare.parse(bench.arguments("--optims", "lcam", *options))[0].better == better
     comparison = compare.Comparison(
         *compare.parse(bench.arguments("--optims", "lcam:x=1", "my_sgd", "nsf", "adafactor"))
     )
@@ -255,13 +258,12 @@ def test_other_arguments_of_the_script_are_refused(bench):
         compare.main(bench.arguments(*options, script=("--saves", "metrics")))
 
 
-def start(bench, seconds):
+def start(bench, seconds, options=("--optims", "adamw", "sgd", "--seeds", "1")):
     """The comparison in a process of its own, with runs that take so long, and the processes of its first runs."""
     (bench.folder / "sleep").write_text(str(seconds))
     # compare.py by its path: it needs nothing of the package before the picture, and so starts at once.
-    arguments = bench.arguments("--optims", "adamw", "sgd", "--seeds", "1")
     tool = subprocess.Popen(
-        [sys.executable, compare.__file__, *arguments],
+        [sys.executable, compare.__file__, *bench.arguments(*options)],
         stderr=subprocess.PIPE,
         text=True,
         # A job in the background, such as these tests may be, has Ctrl-C ignored, and its children too.
@@ -272,7 +274,9 @@ def start(bench, seconds):
 
 
 def processes(bench):
-    return [int(text) for path in bench.out.glob("runs/*/pid") if (text := path.read_text())]
+    """Those of all runs that were started and are alive."""
+    pids = Path(f"{bench.starts}.pids")
+    return [pid for pid in map(int, pids.read_text().split()) if alive(pid)] if pids.exists() else []
 
 
 def wait_for(condition):
@@ -291,33 +295,49 @@ def alive(pid):
     return not (status.exists() and "\tZ" in status.read_text())  # nobody may be there to ask how it ended
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/cmdline").exists(), reason="runs that a killed comparison left are found there"
-)
-def test_kill_and_resume(bench):
-    tool, left = start(bench, 60)
-    tool.kill()
+# The second launcher's runs are children of a shell, as those of torchrun are of its agent.
+@pytest.mark.parametrize("launcher", [(), ("sh", "-c", '"$0" "$@" & wait', sys.executable, "-S")])
+def test_kill_and_resume(bench, launcher):
+    options = ["--optims", "adamw", "sgd", "--seeds", "1", *(["--launcher", shlex.join(launcher)] if launcher else [])]
+    tool, left = start(bench, 60, options)
+    parents = {psutil.Process(pid).ppid() for pid in left} - {tool.pid}
+    for process in (tool.pid, *parents):
+        os.kill(process, signal.SIGKILL)
     tool.wait()
     assert all(map(alive, left))  # they go on alone, until the next call ends them and starts their runs again
     (bench.folder / "sleep").write_text("0.3")
-    tool = subprocess.Popen(
-        [sys.executable, compare.__file__, *bench.arguments("--optims", "adamw", "sgd", "--seeds", "1")]
-    )
+    tool = subprocess.Popen([sys.executable, compare.__file__, *bench.arguments(*options)])
     wait_for(lambda: len(list(bench.out.glob("runs/*/result.json"))) >= 3)
     assert not any(map(alive, left))
     tool.kill()
     tool.wait()
-    for pid in processes(bench):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-            os.killpg(pid, signal.SIGKILL)
     finished = {path.parent.name for path in bench.out.glob("runs/*/result.json")}
     (bench.folder / "sleep").write_text("0")
+    wait_for(lambda: not processes(bench))
     before = len(bench.started())
-    rows = bench.compare("--optims", "adamw", "sgd", "--seeds", "1")
+    rows = bench.compare(*options)
     again = [f"{optim}-lr{rate:g}-seed{seed}" for optim, rate, seed in bench.started()[before:]]
     assert not finished & set(again)
     assert len(finished) + len(again) == 16 == len(finished | set(again))
     assert rows["sgd"]["learning_rate"] == 0.32
+
+
+def test_processes_of_finished_runs_and_of_others_are_left_alone(bench):
+    """Such as one that still uploads what a finished run has logged."""
+    options = ["--optims", "adamw", "--seeds", "1", "--learning_rates", "1"]
+    bench.compare(*options)
+    (state,) = (path.with_name("trainer_state.json") for path in bench.out.glob("runs/*/result.json"))
+    sleeps = [
+        subprocess.Popen(["sleep", "60"], env={**os.environ, "HF_NSF_SAVE_STATE": str(path)})
+        for path in (state, bench.folder / "cmp2" / "runs" / "a" / "trainer_state.json")
+    ]
+    try:
+        bench.compare(*options)
+        assert [process.poll() for process in sleeps] == [None, None]
+    finally:
+        for process in sleeps:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

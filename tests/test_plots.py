@@ -35,7 +35,7 @@ def lcam(steps=6, **changes):
 
 
 def panels(figure):
-    return {axis.get_ylabel(): axis for axis in figure.axes if axis.axison}
+    return {axis.get_ylabel().partition("\n")[0]: axis for axis in figure.axes if axis.axison}
 
 
 def legend(figure):
@@ -88,13 +88,34 @@ def test_seeds_are_a_mean_and_its_standard_error():
     (band,) = axis.collections
     heights = band.get_paths()[0].vertices[:, 1]
     error = np.std([0.0, 0.1, 0.5], ddof=1) / math.sqrt(3)
+    assert "bands, bars: standard error" in figure._supxlabel.get_text()
     assert heights.min() == pytest.approx(2 / 6 + 0.2 - error) and heights.max() == pytest.approx(2.2 + error)
+
+
+def test_the_standard_error_shows_at_a_single_evaluation():
+    runs = [[{"step": 5, "eval_accuracy": value}] for value in (0.5, 0.6, 0.7)]
+    axis = panels(plot_runs(*runs, labels=["a"] * 3))["eval_accuracy"]
+    (bar,) = axis.collections[0].get_segments()
+    assert bar[:, 1] == pytest.approx([0.6 - 0.1 / math.sqrt(3), 0.6 + 0.1 / math.sqrt(3)])
+
+
+def test_fourteen_configurations_look_different():
+    figure = plot_runs(*(history(50, shift=shift) for shift in range(14)))
+    handles, lines = figure.legends[0].get_lines(), panels(figure)["eval_loss"].lines
+    for drawn in (handles, lines):
+        looks = {(line.get_color(), line.get_markerfacecolor() == "white", line.get_marker()) for line in drawn}
+        dashes = {(line.get_color(), str(line._dash_pattern)) for line in drawn}
+        assert len(drawn) == len(looks) == len(dashes) == 14
+    losses = [line for line in panels(figure)["training loss"].lines if line.get_marker() != "None"]
+    assert [bool(line.get_markevery()) for line in losses] == [False] * 7 + [True] * 7
 
 
 def test_long_and_diverged_runs():
     """Noise is smoothed around its mean and shown as it is; what is not finite is a gap and hides nothing else."""
     noise = history(400, loss=lambda k: 1 + (-1) ** k / 2)
     raw, smooth = data(panels(plot_runs(noise))["training loss"])
+    assert panels(plot_runs(noise))["training loss"].get_ylabel() == "training loss\n(moving mean)"
+    assert panels(plot_runs(history()))["training loss"].get_ylabel() == "training loss"
     assert set(raw) == {0.5, 1.5} and smooth[50:-50] == pytest.approx([1] * 300, abs=0.01)
     broken = history(400, loss=lambda k: math.nan if 100 < k <= 300 else math.inf if k == 399 else 1.0)
     smooth = data(panels(plot_runs(broken))["training loss"])[1]
@@ -182,7 +203,7 @@ def test_what_cannot_be_drawn_gets_a_sentence(tmp_path, monkeypatch, capsys):
     for arguments, sentence in [
         (["nowhere"], "There is no file or folder nowhere."),
         (["empty"], "empty holds no trainer_state.json, nor does a checkpoint-N in it."),
-        (["silent"], f"{Path('silent', 'trainer_state.json')} holds no losses and no evaluation metrics."),
+        (["silent"], "The log of silent holds no losses and no evaluation metrics."),
         (["good", "other.json"], "other.json is no trainer_state.json."),
         (["broken.json"], "broken.json is no trainer_state.json."),
         (["good", "--labels", "a", "b"], "plot_runs needs one label for each run, got 2 for 1 runs."),

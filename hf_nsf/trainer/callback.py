@@ -178,9 +178,8 @@ class PhaseCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state where hf_nsf.compare asks for it: a script may save nothing, and often evaluates last."""
         path = os.environ.get("HF_NSF_SAVE_STATE")
-        if (
-            path and state.is_world_process_zero and state.global_step
-        ):  # not that of another Trainer that evaluates only
+        # Not the state of another Trainer that evaluates only: it has made no update.
+        if path and state.is_world_process_zero and state.global_step:
             state.save_to_json(path)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
