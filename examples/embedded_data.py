@@ -7,7 +7,6 @@ The data are the user's, or without a network scikit-learn's digits or the docst
 from __future__ import annotations
 
 import ast
-import io
 import random
 import re
 import sys
@@ -33,46 +32,28 @@ SPLITS = ("train", "validation", "test")
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPLIT_SHARES = (0.70, 0.15, 0.15)
 
-# Topic -> top-level modules of the standard library. Modules that a Python release lacks are skipped.
+# Topic: top-level modules of the standard library. Modules that a Python release lacks are skipped.
 TOPIC_MODULES = {
-    "concurrency": (
-        "asyncio concurrent multiprocessing queue sched selectors subprocess asyncore threading _threading_local "
-        "contextvars asynchat"
-    ),
-    "data formats": (
-        "aifc base64 calendar chunk csv configparser datetime _pydatetime _strptime json pickle pickletools plistlib "
-        "quopri shelve sndhdr struct sunau tomllib uu wave xdrlib xml zoneinfo html colorsys"
-    ),
-    "files and system": (
-        "_pyio bz2 filecmp fileinput fnmatch genericpath getpass glob gzip io lzma mimetypes netrc ntpath os pathlib "
-        "platform posixpath pty shutil stat tarfile tempfile zipapp zipfile compression"
-    ),
-    "language": (
-        "_collections_abc abc ast codeop compileall copy copyreg dataclasses dis enum functools importlib inspect "
-        "keyword lib2to3 modulefinder opcode operator pkgutil py_compile runpy symtable tabnanny token tokenize types "
-        "typing weakref _weakrefset imp zipimport annotationlib"
-    ),
-    "networking": (
-        "cgi cgitb ftplib http imaplib ipaddress mailbox mailcap nntplib poplib email smtpd smtplib socket "
-        "socketserver ssl telnetlib urllib uuid webbrowser wsgiref xmlrpc nturl2path"
-    ),
-    "numbers": (
-        "_pydecimal _pylong bisect collections decimal fractions hashlib heapq hmac numbers random secrets statistics "
-        "graphlib"
-    ),
-    "testing": (
-        "bdb cProfile cmd code doctest logging pdb profile pstats pyclbr pydoc timeit trace traceback tracemalloc "
-        "unittest warnings"
-    ),
-    "text": (
-        "_markupbase argparse codecs difflib encodings getopt gettext linecache locale optparse pprint re reprlib "
-        "sre_compile sre_parse string stringprep textwrap shlex"
-    ),
-    "user interface": "_pyrepl curses idlelib rlcompleter tkinter turtle turtledemo",
+    "concurrency": """asyncio concurrent multiprocessing queue sched selectors subprocess asyncore threading
+        _threading_local contextvars asynchat""",
+    "data formats": """aifc base64 calendar chunk csv configparser datetime _pydatetime _strptime json pickle
+        pickletools plistlib quopri shelve sndhdr struct sunau tomllib uu wave xdrlib xml zoneinfo html colorsys""",
+    "files and system": """_pyio bz2 filecmp fileinput fnmatch genericpath getpass glob gzip io lzma mimetypes netrc
+        ntpath os pathlib platform posixpath pty shutil stat tarfile tempfile zipapp zipfile compression""",
+    "language": """_collections_abc abc ast codeop compileall copy copyreg dataclasses dis enum functools importlib
+        inspect keyword lib2to3 modulefinder opcode operator pkgutil py_compile runpy symtable tabnanny token tokenize
+        types typing weakref _weakrefset imp zipimport annotationlib""",
+    "networking": """cgi cgitb ftplib http imaplib ipaddress mailbox mailcap nntplib poplib email smtpd smtplib socket
+        socketserver ssl telnetlib urllib uuid webbrowser wsgiref xmlrpc nturl2path""",
+    "numbers": """_pydecimal _pylong bisect collections decimal fractions hashlib heapq hmac numbers random secrets
+        statistics graphlib""",
+    "testing": """bdb cProfile cmd code doctest logging pdb profile pstats pyclbr pydoc timeit trace traceback
+        tracemalloc unittest warnings""",
+    "text": """_markupbase argparse codecs difflib encodings getopt gettext linecache locale optparse pprint re
+        reprlib sre_compile sre_parse string stringprep textwrap shlex""",
+    "user interface": """_pyrepl curses idlelib rlcompleter tkinter turtle turtledemo""",
 }
-MAX_SENTENCES_PER_MODULE = 250
-MIN_WORDS, MAX_WORDS = 6, 60
-OPENING_WORDS = 6
+MAX_SENTENCES_PER_MODULE, MIN_WORDS, MAX_WORDS, OPENING_WORDS = 250, 6, 60, 6
 
 
 @dataclass
@@ -105,8 +86,7 @@ def load_splits(arguments: DataTrainingArguments, embedded: Callable[[], Dataset
     Raises:
         ValueError, OSError, DatasetsError: something about the data is wrong.
     """
-    files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
-    files = {split: file for split, file in files.items() if file is not None}
+    files = {split: file for split in SPLITS if (file := getattr(arguments, f"{split}_file")) is not None}
     if arguments.dataset_name is not None and files:
         raise ValueError("Give either --dataset_name or local files, not both.")
     if arguments.dataset_name is not None:
@@ -122,13 +102,13 @@ def load_splits(arguments: DataTrainingArguments, embedded: Callable[[], Dataset
         raise ValueError(f"The data has no train split, only {', '.join(splits)}.")
 
     columns = splits["train"].column_names
-    for new, wanted, names in (
-        (usual[0], arguments.input_column, usual),
-        ("labels", arguments.label_column, ("label", "labels")),
+    for new, names in (
+        (usual[0], [arguments.input_column] if arguments.input_column else usual),
+        ("labels", [arguments.label_column] if arguments.label_column else ("label", "labels")),
     ):
-        old = next((name for name in ([wanted] if wanted else names) if name in columns), None)
+        old = next((name for name in names if name in columns), None)
         if old is None:
-            raise ValueError(f"No column {wanted or ' or '.join(names)}: the columns are {', '.join(columns)}.")
+            raise ValueError(f"No column {' or '.join(names)}: the columns are {', '.join(columns)}.")
         splits = splits if old == new else splits.rename_column(old, new)
     splits = splits.select_columns([usual[0], "labels"])
     if not isinstance(splits["train"].features["labels"], ClassLabel):
@@ -167,19 +147,12 @@ class AccuracyAndF1(evaluate.Metric):
     """Share of right predictions, and the mean of the classes' F1 scores."""
 
     def _info(self) -> evaluate.MetricInfo:
-        number = Value("int32")
-        return evaluate.MetricInfo(
-            description="Accuracy and macro F1 of a single-label classification.",
-            citation="",
-            inputs_description="predictions and references: class numbers",
-            features=Features({"predictions": number, "references": number}),
-        )
+        columns = Features({"predictions": Value("int32"), "references": Value("int32")})
+        return evaluate.MetricInfo(description=self.__doc__, citation="", inputs_description="", features=columns)
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        return {
-            "accuracy": float(accuracy_score(references, predictions)),
-            "macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0)),
-        }
+        macro_f1 = f1_score(references, predictions, average="macro", zero_division=0)
+        return {"accuracy": float(accuracy_score(references, predictions)), "macro_f1": float(macro_f1)}
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -190,51 +163,33 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def load_digits_images() -> DatasetDict:
-    """Load scikit-learn's handwritten digits as a dataset of images.
-
-    Returns:
-        Columns ``image`` and ``label`` in the splits train, validation and test: stratified, always the same.
-    """
+    """Load scikit-learn's handwritten digits: columns `image` and `label`; stratified splits, always the same."""
     digits = load_digits()
-    labels = digits.target
-    rest, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=SPLIT_SEED)
-    train, validation = train_test_split(rest, test_size=0.125, stratify=labels[rest], random_state=SPLIT_SEED)
+    rest, test = train_test_split(range(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
+    train, validation = train_test_split(rest, test_size=0.125, stratify=digits.target[rest], random_state=0)
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    pixels = (digits.images * (255 / 16)).astype(np.uint8)  # grey values from 0 to 16
+    images = [PIL.Image.fromarray(image) for image in pixels]
+    rows = Dataset.from_dict({"image": images, "label": digits.target}, features=features)
     return DatasetDict(
-        {
-            split: Dataset.from_dict(
-                {
-                    "image": [{"bytes": _png(digits.images[index]), "path": None} for index in rows],
-                    "label": [int(labels[index]) for index in rows],
-                },
-                features=features,
-            )
-            for split, rows in zip(SPLITS, (train, validation, test), strict=True)
-        }
+        {split: rows.select(part) for split, part in zip(SPLITS, (train, validation, test), strict=True)}
     )
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    """Encode one 8 x 8 scan with grey values from 0 to 16."""
-    buffer = io.BytesIO()
-    PIL.Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def load_docstring_sentences() -> DatasetDict:
     """Load the sentences of the standard library's docstrings, each labelled with the topic of its module.
 
     Only source files are read; nothing is imported. A module stands in one split only. Sentences that open with the
-    same words count as duplicates: one is kept, or none where they belong to different topics.
+    same words count as duplicates: one is kept, or none where they belong to different topics. The words of
+    `hidden_words` are taken out.
 
     Returns:
-        Columns ``text``, ``label`` and ``module`` in the splits train, validation and test: the same ones for the same
-        Python release.
+        Columns `text`, `label` and `module` in the splits train, validation and test: the same for a Python release.
     """
-    hidden, topics = hidden_words(), list(TOPIC_MODULES)
+    hidden = hidden_words()
     by_opening: dict[str, tuple[str, str, str] | None] = {}
-    for topic, module, path in _topic_files():
-        for sentence in _docstring_sentences(path):
+    for topic, module, path in topic_files():
+        for sentence in docstring_sentences(path):
             text = strip_words(sentence, hidden | set(module.lower().split(".")))
             words = normalised_words(text)
             if MIN_WORDS <= len(words) <= MAX_WORDS:
@@ -242,90 +197,65 @@ def load_docstring_sentences() -> DatasetDict:
                 known = by_opening.setdefault(opening, (topic, module, text))
                 if known and known[0] != topic:
                     by_opening[opening] = None
-    by_module: dict[str, dict[str, list[str]]] = {topic: defaultdict(list) for topic in topics}
+    texts: dict[str, dict[str, list[str]]] = {topic: defaultdict(list) for topic in TOPIC_MODULES}
     for topic, module, text in filter(None, by_opening.values()):
-        if len(by_module[topic][module]) < MAX_SENTENCES_PER_MODULE:
-            by_module[topic][module].append(text)
+        if len(texts[topic][module]) < MAX_SENTENCES_PER_MODULE:
+            texts[topic][module].append(text)
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
-    for topic, texts_of in by_module.items():
-        for module, split in assign_modules({module: len(texts) for module, texts in texts_of.items()}).items():
+    for topic, texts_of in texts.items():
+        for module, split in assign_modules({module: len(found) for module, found in texts_of.items()}).items():
             rows[split] += [{"text": text, "label": topic, "module": module} for text in texts_of[module]]
-    features = Features({"text": Value("string"), "label": ClassLabel(names=topics), "module": Value("string")})
+    features = Features({"text": Value("string"), "label": ClassLabel(names=[*texts]), "module": Value("string")})
     return DatasetDict({split: Dataset.from_list(rows[split], features=features) for split in SPLITS})
 
 
 def hidden_words() -> set[str]:
-    """Return the words that no sentence may contain: the names of all the modules and the words of the topics."""
-    words = {"idle", "python", "py"}
-    for topic, modules in TOPIC_MODULES.items():
-        words.update(topic.split())
-        words.update(modules.lower().split())
-        words.update(name.lstrip("_") for name in modules.lower().split())
-    return words - {"and"}
+    """The words that no sentence may contain: the names of all the modules and the words of the topics."""
+    modules = [name for names in TOPIC_MODULES.values() for name in names.lower().split()]
+    topics = {word for topic in TOPIC_MODULES for word in topic.split()}
+    return {"idle", "python", "py", *modules, *(name.lstrip("_") for name in modules)} | topics - {"and"}
 
 
 def strip_words(text: str, words: set[str]) -> str:
-    """Remove whole words, in any case and also with a plural s, from a text.
-
-    Args:
-        text: any text.
-        words: lower-case words.
-
-    Returns:
-        The text without them, its white space made single blanks.
-    """
+    """Remove whole words, given in lower case, in any case and also with a plural s; white space becomes blanks."""
 
     def keep(match: re.Match[str]) -> str:
         word = match.group().lower()
-        return "" if word in words or word.strip("_") in words or word.removesuffix("s") in words else match.group()
+        return "" if words & {word, word.strip("_"), word.removesuffix("s")} else match.group()
 
     return " ".join(re.sub(r"\w+", keep, text).split())
 
 
 def normalised_words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without digits and signs."""
+    """The words of a text in lower case, without digits and signs."""
     return re.findall(r"[a-z]{2,}", text.lower())
 
 
 def assign_modules(sizes: dict[str, int]) -> dict[str, str]:
-    """Share the modules of one topic among the splits, whole modules only.
-
-    The largest modules come first and each goes where most sentences are missing: with few modules the shares are
-    rough.
-
-    Args:
-        sizes: number of sentences of each module.
-
-    Returns:
-        The split of each module.
-    """
+    """Share modules of these numbers of sentences among the splits: the largest first, each where most are missing."""
     order = sorted(sizes)
     random.Random(SPLIT_SEED).shuffle(order)
-    order.sort(key=lambda module: -sizes[module])
-    total = sum(sizes.values())
-    missing = {split: share * total for split, share in zip(SPLITS, SPLIT_SHARES, strict=True)}
+    missing = {split: share * sum(sizes.values()) for split, share in zip(SPLITS, SPLIT_SHARES, strict=True)}
     assigned = {}
-    for module in order:
-        split = max(SPLITS, key=lambda name: missing[name])
-        missing[split] -= sizes[module]
-        assigned[module] = split
+    for module in sorted(order, key=lambda module: -sizes[module]):
+        assigned[module] = max(SPLITS, key=lambda split: missing[split])
+        missing[assigned[module]] -= sizes[module]
     return assigned
 
 
-def _topic_files() -> Iterator[tuple[str, str, Path]]:
+def topic_files() -> Iterator[tuple[str, str, Path]]:
     """Yield topic, dotted module name and path of every source file of the topics, tests excluded."""
     library = Path(sysconfig.get_path("stdlib"))
     for topic, modules in TOPIC_MODULES.items():
         for module in modules.split():
-            if (library / f"{module}.py").is_file():
-                yield topic, module, library / f"{module}.py"
-            for path in sorted((library / module).rglob("*.py")):
+            single = library / f"{module}.py"
+            for path in [*([single] if single.is_file() else []), *sorted((library / module).rglob("*.py"))]:
                 parts = path.relative_to(library).with_suffix("").parts
-                if not any(part in ("test", "tests", "idle_test") for part in parts):
+                if not {"test", "tests", "idle_test"} & set(parts):
                     yield topic, ".".join(part for part in parts if part != "__init__"), path
 
 
-def _docstring_sentences(path: Path) -> Iterator[str]:
+def docstring_sentences(path: Path) -> Iterator[str]:
     """Yield the sentences of a source file's docstrings, in the order of the file."""
     try:
         tree = ast.parse(path.read_bytes())

@@ -33,9 +33,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
+    TrainingArguments,
     set_seed,
 )
-from transformers import TrainingArguments as HfTrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
@@ -53,22 +53,6 @@ class ModelArguments:
     )
     image_size: int | None = field(default=None, metadata={"help": "For a new model (default: the first image's)."})
     augment: bool = field(default=False, metadata={"help": "For a new model: random flips and crops."})
-
-
-@dataclass
-class TrainingArguments(HfTrainingArguments):
-    """The Trainer's arguments, with defaults for this task."""
-
-    learning_rate: float | None = field(default=None, metadata={"help": "Default: one that suits optimizer and model."})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training data."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images of one update on one device."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images of one evaluation step."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Updates, or a share below 1, of rising rate."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints. The end is always saved."})
-    logging_steps: float = field(default=5, metadata={"help": "Log the training loss every so many updates."})
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory for a GPU."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep it false: images load on demand."})
 
 
 # ---- data
@@ -119,16 +103,6 @@ def flip_and_crop(images: Tensor, margin: int = 4) -> Tensor:
 # ---- model
 
 
-class WideResNetConfig(PreTrainedConfig):
-    """Configuration of :class:`WideResNet`."""
-
-    model_type = "wide-resnet"
-
-    def __init__(self, depth: int = 10, width: int = 1, **options: Any) -> None:
-        self.depth, self.width = depth, width
-        super().__init__(**options)
-
-
 class Block(nn.Module):
     """Two convolutions, each behind a normalisation and a ReLU, beside a shortcut."""
 
@@ -147,12 +121,15 @@ class Block(nn.Module):
 
 
 class WideResNet(PreTrainedModel):
-    """The network of arXiv 1605.07146 for small images: 16 w, 32 w and 64 w channels, (depth - 4) / 6 blocks each."""
+    """The network of arXiv 1605.07146 for small images, of a configuration with a depth and a width w.
 
-    config_class = WideResNetConfig
+    It has three stages with 16 w, 32 w and 64 w channels, of (depth - 4) / 6 blocks each.
+    """
+
+    config_class = PreTrainedConfig
     main_input_name = "pixel_values"
 
-    def __init__(self, config: WideResNetConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         channels, layers = 16, [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
         for stage in range(3):
@@ -183,7 +160,7 @@ def build_model(arguments: ModelArguments, label_names: list[str]) -> PreTrained
     found = re.fullmatch(r"wrn-(\d+)-(\d+)", arguments.architecture)
     if not found or int(found[1]) % 6 != 4 or int(found[1]) < 10 or int(found[2]) < 1:
         raise ValueError(f"architecture={arguments.architecture}: give wrn-DEPTH-WIDTH with DEPTH 10, 16, 22, 28, ...")
-    return WideResNet(WideResNetConfig(depth=int(found[1]), width=int(found[2]), **labels))
+    return WideResNet(PreTrainedConfig(depth=int(found[1]), width=int(found[2]), **labels))
 
 
 def prepare(model_arguments: ModelArguments, data_arguments: DataTrainingArguments) -> tuple[dict[str, Any], Any, Any]:
@@ -217,6 +194,18 @@ def main(args: list[str] | None = None) -> None:
     """Parse the arguments, train, evaluate and save; wrong arguments or data end it with one sentence."""
     with one_sentence():
         parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
+        parser.set_defaults(
+            learning_rate=None,  # one that suits optimizer and model
+            num_train_epochs=10.0,
+            per_device_train_batch_size=64,
+            per_device_eval_batch_size=256,
+            warmup_steps=0.1,
+            eval_strategy="epoch",
+            save_strategy="no",
+            logging_steps=5.0,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            remove_unused_columns=False,
+        )
         model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(args)
         datasets, label_names, processor = prepare(model_arguments, data_arguments)
         if training_arguments.learning_rate is None:

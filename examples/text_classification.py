@@ -29,9 +29,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainingArguments,
     set_seed,
 )
-from transformers import TrainingArguments as HfTrainingArguments
 
 import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
 
@@ -50,21 +50,6 @@ class ModelArguments:
     )
     vocabulary_size: int = field(default=2000, metadata={"help": "Of the new model's tokenizer."})
     max_length: int = field(default=64, metadata={"help": "Texts are cut to this many tokens."})
-
-
-@dataclass
-class TrainingArguments(HfTrainingArguments):
-    """The Trainer's arguments, with defaults for this task."""
-
-    learning_rate: float | None = field(default=None, metadata={"help": "Default: one that suits optimizer and model."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training data."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts of one update on one device."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Texts of one evaluation step."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Updates, or a share below 1, of rising rate."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints. The end is always saved."})
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory for a GPU."})
-    logging_steps: float = field(default=5, metadata={"help": "Log the training loss every so many updates."})
 
 
 # ---- data
@@ -130,6 +115,17 @@ def main(args: list[str] | None = None) -> None:
     """Parse the arguments, train, evaluate and save; wrong arguments or data end it with one sentence."""
     with one_sentence():
         parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
+        parser.set_defaults(
+            learning_rate=None,  # one that suits optimizer and model
+            num_train_epochs=3.0,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=128,
+            warmup_steps=0.1,
+            eval_strategy="epoch",
+            save_strategy="no",
+            logging_steps=5.0,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
         model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(args)
         splits = load_splits(data_arguments, load_docstring_sentences, "text", "sentence")
         for name, split in splits.items():
