@@ -2,68 +2,57 @@
 r"""Time NSF and LCAM beside torch's own optimizers, side by side in one run.
 
     python examples/benchmark.py --output_dir out                              all parts, about 10 minutes on 2 cores
-    python examples/benchmark.py --output_dir out --parts steps --dtypes float32 bfloat16 --shapes minilm llama
-    python examples/benchmark.py --output_dir out --parts training --device cuda
+    python examples/benchmark.py --output_dir out --parts steps --dtypes bfloat16 --shapes minilm llama --device cuda
 
-Prints Markdown tables and writes them, with all figures, to benchmark.json and benchmark.md.
+Prints Markdown tables and writes them to benchmark.md, and all figures to benchmark.json.
 
-`steps`: milliseconds of an optimizer step on the tensors of a model. The candidates take turns, so that a change of the
-machine's load reaches all of them; figures are medians, ratios are those of medians of one run. On a GPU, CUDA events
-take the time; on a CPU, a clock. `first` is the first step, with what it compiles or loads.
-`memory`: MiB that a step holds at its peak beyond what was there before it, and bytes of state a parameter.
-`first_step`: seconds of the first step in a new process, with empty caches of compiled kernels and with filled ones.
+`steps`: an optimizer step on the tensors of a model: milliseconds, MiB at its peak beyond what was there before it, and
+bytes of state a parameter. The candidates take turns, so that a change of the machine's load reaches all of them; times
+are medians, ratios those of medians of one run.
+`first_step`: seconds of NSF's first step in a new process, with empty caches of compiled kernels and with filled ones.
 `training`: samples a second of stock Trainer runs, which take turns; the ratio is the median over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch.utils.benchmark import timer  # waits for the GPU
+from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, Trainer, TrainingArguments
 
 from hf_nsf import LCAM, NSF
 
-Shapes = list[tuple[int, ...]]
-PARTS = ("steps", "memory", "first_step", "training")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+def minilm(hidden: int = 384) -> BertForSequenceClassification:
+    """A new BERT with the architecture and, by default, the size of all-MiniLM-L6: 22.7M parameters in 103 tensors."""
+    sizes = {"hidden_size": hidden, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 4 * hidden}
+    return BertForSequenceClassification(BertConfig(**sizes))
 
 
-def minilm() -> Shapes:
-    """all-MiniLM-L6: 22.7M parameters in 101 tensors."""
-    hidden, inner = 384, 1536
-    shapes: Shapes = [(30522, hidden), (512, hidden), (2, hidden), (hidden,), (hidden,), (hidden, hidden), (hidden,)]
-    layer: Shapes = [*[(hidden, hidden), (hidden,)] * 4, (hidden,), (hidden,), (inner, hidden), (inner,)]
-    return shapes + 6 * [*layer, (hidden, inner), (hidden,), (hidden,), (hidden,)]
-
-
-def llama_layer() -> Shapes:
-    """One layer of an 8B Llama: 218M parameters."""
-    attention: Shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)]
-    return [*attention, (14336, 4096), (14336, 4096), (4096, 14336), (4096,), (4096,)]
-
-
-SHAPES: dict[str, Callable[[], Shapes]] = {
-    "minilm": minilm,
-    "llama": llama_layer,
+PARTS, DTYPES = ("steps", "first_step", "training"), ("float32", "bfloat16", "float16")
+SHAPES: dict[str, Callable[[], list[Any]]] = {
+    "minilm": lambda: [q.shape for q in minilm().bert.parameters()],
+    # One layer of an 8B Llama, 218M parameters.
+    "llama": lambda: [(4096, 4096), (1024, 4096)] * 2 + [(14336, 4096)] * 3 + [(4096,)] * 2,
     "small": lambda: [(1000,)] * 1000,
     "tiny": lambda: [(64, 64), (64,), (300, 200)],
 }
-Maker = Callable[[Any], torch.optim.Optimizer]
-CANDIDATES: dict[str, Maker] = {
+CANDIDATES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True),
     "AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
     "SGD fused": lambda params: torch.optim.SGD(params, momentum=0.9, fused=True),
@@ -78,98 +67,59 @@ CANDIDATES: dict[str, Maker] = {
     "NSF eager none p=0.1": lambda params: NSF(params, p=0.1, foreach=True, grafting="none"),
     "NSF reference p=0.1": lambda params: NSF(params, p=0.1, foreach=False, fused=False),
 }
-BASELINES = ("AdamW fused", "AdamW foreach", "SGD fused")
-
-
-def make_params(shapes: Shapes, dtype: torch.dtype, device: str) -> list[nn.Parameter]:
-    """Parameters of a model, with gradients."""
-    params = [nn.Parameter((0.02 * torch.randn(shape, device=device)).to(dtype)) for shape in shapes]
-    for q in params:
-        q.grad = (1e-3 * torch.randn(q.shape, device=device)).to(dtype)
-    return params
-
-
-def step_seconds(optimizer: torch.optim.Optimizer, device: str) -> float:
-    """Time one step."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        optimizer.step()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    optimizer.step()
-    return time.perf_counter() - begin
-
-
-def works(name: str, dtype: torch.dtype, device: str) -> bool:
-    """Whether a candidate is right for a dtype: torch's fused SGD on a CPU is not for low precision."""
-    return not (name in ("SGD fused", "LCAM fused") and device == "cpu" and dtype in (torch.bfloat16, torch.float16))
+TRAININGS = ("adamw_torch_fused", "nsf", "nsf grafting=none", "sgd", "lcam")  # optim and optim_args
 
 
 def steps(name: str, dtype: str, device: str, repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds of each candidate's step, taken in turns on the same parameters, and its ratios."""
-    params = make_params(SHAPES[name](), DTYPES[dtype], device)
-    optimizers = {key: make(params) for key, make in CANDIDATES.items() if works(key, DTYPES[dtype], device)}
-    first = {key: step_seconds(optimizer, device) for key, optimizer in optimizers.items()}
+    """Time and memory of each candidate's step, all on the same parameters."""
+    options = {"device": device, "dtype": getattr(torch, dtype)}
+    params = [torch.nn.Parameter(0.02 * torch.randn(shape, **options)) for shape in SHAPES[name]()]
+    for q in params:
+        q.grad = 1e-3 * torch.randn_like(q)
+    # torch's fused SGD is not for low precision on a CPU.
+    left_out = ("SGD fused", "LCAM fused") if device == "cpu" and dtype != "float32" else ()
+    optimizers = {key: make(params) for key, make in CANDIDATES.items() if key not in left_out}
+    for optimizer in optimizers.values():
+        optimizer.step()  # compiles, and creates the state
     seconds: dict[str, list[float]] = {key: [] for key in optimizers}
     for _ in range(repeats):
         for key, optimizer in optimizers.items():
-            seconds[key].append(step_seconds(optimizer, device))
+            begin = timer()
+            optimizer.step()
+            seconds[key].append(timer() - begin)
     median = {key: statistics.median(values) for key, values in seconds.items()}
     rows = []
-    for key, values in seconds.items():
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-        row = {"optimizer": key, "ms": 1e3 * median[key], "quartiles": f"{1e3 * low:.1f} to {1e3 * high:.1f}"}
-        row.update({f"/ {b}": median[key] / median[b] for b in BASELINES if b in median})
-        rows.append({**row, "first, s": first[key]})
-    return rows
-
-
-def memory(name: str, dtype: str, device: str) -> list[dict[str, Any]]:
-    """MiB at the peak of a step, and bytes of state a parameter."""
-    params, rows = make_params(SHAPES[name](), DTYPES[dtype], device), []
-    total = sum(q.numel() for q in params)
-    for key, make in CANDIDATES.items():
-        if works(key, DTYPES[dtype], device):
-            optimizer = make(params)
-            optimizer.step()
-            state = sum(x.nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
-            rows.append({"optimizer": key, "MiB": peak_bytes(optimizer, device) / 2**20, "state": state / total})
+    for key, optimizer in optimizers.items():
+        row = {"optimizer": key, "ms": 1e3 * median[key]}
+        row |= {f"/ {base}": median[key] / median[base] for base in ("AdamW fused", "AdamW foreach")}
+        row["MiB beyond the state"] = peak_bytes(optimizer, device) / 2**20
+        state = sum(x.nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
+        rows.append({**row, "bytes of state a parameter": state / sum(q.numel() for q in params)})
     return rows
 
 
 def peak_bytes(optimizer: torch.optim.Optimizer, device: str) -> int:
     """What a step allocates through torch at its peak."""
     if device == "cuda":
-        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         optimizer.step()
-        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
         optimizer.step()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes, initial=0))
 
 
-_FIRST = """
-import json, sys, time, torch
+FIRST_STEP = """
+import sys, torch
+from torch.utils.benchmark import timer
 from hf_nsf import NSF
-device, dtype, options = sys.argv[1], getattr(torch, sys.argv[2]), json.loads(sys.argv[3])
-q = torch.nn.Parameter(torch.ones(1000, device=device, dtype=dtype))
+q = torch.nn.Parameter(torch.ones(1000, device=sys.argv[1], dtype=getattr(torch, sys.argv[2])))
 q.grad = torch.ones_like(q)
-begin = time.perf_counter()
-NSF([q], p=0.1, **options).step()
-if device == "cuda":
-    torch.cuda.synchronize()
-print(time.perf_counter() - begin)
+begin = timer()
+NSF([q], p=0.1).step()
+print(timer() - begin)
 """
 
 
@@ -177,134 +127,83 @@ def first_step(dtypes: list[str], device: str) -> list[dict[str, Any]]:
     """Seconds of NSF's first step in a new process, without and with the compiled kernels in their cache."""
     rows = []
     for dtype in dtypes:
-        for options in ("{}", '{"grafting": "none"}', '{"foreach": true}'):
-            with tempfile.TemporaryDirectory() as cache:
-                env = {**os.environ, "NUMBA_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
-                command = [sys.executable, "-c", _FIRST, device, dtype, options]
-                runs = [subprocess.run(command, env=env, check=True, capture_output=True, text=True) for _ in "ab"]
-            cold, warm = (float(run.stdout.split()[-1]) for run in runs)
-            rows.append({"dtype": dtype, "options": options, "cold, s": cold, "cached, s": warm})
+        with tempfile.TemporaryDirectory() as cache:
+            env = {**os.environ, "NUMBA_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+            command = [sys.executable, "-c", FIRST_STEP, device, dtype]
+            cold, cached = (float(subprocess.check_output(command, env=env).split()[-1]) for _ in range(2))
+        rows.append({"dtype": dtype, "cold, s": cold, "cached, s": cached})
     return rows
-
-
-TRAININGS = (("adamw_torch_fused", None), ("nsf", None), ("nsf", "grafting=none"), ("sgd", None), ("lcam", None))
 
 
 def training(device: str, rounds: int, updates: int = 12, batch: int = 32, hidden: int = 384) -> list[dict[str, Any]]:
     """Samples a second in a stock Trainer, a BERT of MiniLM's size on random tokens of length 64."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, 1000, (batch * updates, 64), generator=generator)
+    tokens = torch.randint(5, 1000, (batch * updates, 64), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": int(row[0]) % 2} for row in tokens]
-    sizes = {"hidden_size": hidden, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 4 * hidden}
-    speeds: dict[Any, list[float]] = {key: [] for key in TRAININGS}
+    common = {"max_steps": updates, "per_device_train_batch_size": batch, "use_cpu": device == "cpu"}
+    common |= {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    speeds: dict[str, list[float]] = {name: [] for name in TRAININGS}
     for index in range(rounds + 1):
         first = index % len(TRAININGS)
-        for key in TRAININGS[first:] + TRAININGS[:first]:
-            model = BertForSequenceClassification(BertConfig(**sizes))
-            seconds = train(model, data, key, device, updates, batch)
+        for name in TRAININGS[first:] + TRAININGS[:first]:
+            optim, _, options = name.partition(" ")
+            with tempfile.TemporaryDirectory() as folder:
+                args = TrainingArguments(folder, optim=optim, optim_args=options, **common)
+                trainer = Trainer(minilm(hidden), args, train_dataset=data)
+                trainer.remove_callback(PrinterCallback)
+                metrics = trainer.train().metrics
             if index > 0:  # the first round warms up
-                speeds[key].append(batch * (updates - 1) / seconds)
+                speeds[name].append(metrics["train_samples_per_second"])
     rows = []
-    for (name, args), values in speeds.items():
+    for name, values in speeds.items():
         ratios = [value / base for value, base in zip(values, speeds[TRAININGS[0]], strict=True)]
         error = statistics.stdev(ratios) / math.sqrt(rounds) if rounds > 1 else math.nan
-        label = f"{name} {args or ''}".strip()
-        rows.append({"optim": label, "samples/s": statistics.median(values), "ratio": statistics.median(ratios)})
-        rows[-1]["standard error"] = error
+        row = {"optim": name, "samples/s": statistics.median(values), "ratio": statistics.median(ratios)}
+        rows.append({**row, "standard error": error})
     return rows
-
-
-def train(model: Any, data: Any, optim: tuple[str, str | None], device: str, updates: int, batch: int) -> float:
-    """Seconds from the end of the first update of a run to the end of its last."""
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            optim=optim[0],
-            optim_args=optim[1],
-            max_steps=updates,
-            per_device_train_batch_size=batch,
-            learning_rate=1e-5,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=device == "cpu",
-            dataloader_pin_memory=device != "cpu",
-        )
-        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[Clock()])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return ends[-1] - ends[0]
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> str:
     """Lay out rows as a Markdown table."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for row in rows:
-        cells = [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in names]
-        lines.append("| " + " | ".join(cells) + " |")
-    return f"\n{title}\n\n" + "\n".join(lines) + "\n"
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[f"{cell:.3g}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows]
+    return f"\n{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def machine(device: str) -> str:
     """What the figures hold for."""
-    processor = next((x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.machine())
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{processor}, {torch.get_num_threads()} threads"
-    versions = []
-    for package in ("torch", "transformers", "numba", "triton"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return f"{where}; {', '.join(versions)}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    file = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", file.read_text()) if file.exists() else None
+    where = f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
+    versions = {package.name: package.version for package in distributions()}
+    packages = [f"{name} {versions[name]}" for name in ("torch", "transformers", "numba", "triton") if name in versions]
+    return ", ".join([torch.cuda.get_device_name() if device == "cuda" else where, *packages])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["minilm"])
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=20, help="Steps of each candidate.")
     parser.add_argument("--rounds", type=int, default=5, help="Trainings of each optimizer.")
     options = parser.parse_args(arguments)
-    device, results = options.device, {}
-    for dtype in options.dtypes:
-        for name in options.shapes:
-            if "steps" in options.parts:
-                results[f"Steps: {name}, {dtype}"] = steps(name, dtype, device, options.repeats)
-            if "memory" in options.parts:
-                results[f"Memory: {name}, {dtype}"] = memory(name, dtype, device)
+    results = {}
+    if "steps" in options.parts:
+        for dtype, name in itertools.product(options.dtypes, options.shapes):
+            results[f"Steps: {name}, {dtype}"] = steps(name, dtype, options.device, options.repeats)
     if "first_step" in options.parts:
-        results["First step"] = first_step(options.dtypes, device)
+        results["First step"] = first_step(options.dtypes, options.device)
     if "training" in options.parts:
-        results["Training"] = training(device, options.rounds)
-    text = f"Measured on {machine(device)}.\n" + "".join(table(title, rows) for title, rows in results.items())
+        results["Training"] = training(options.device, options.rounds)
+    where = machine(options.device)
+    text = f"Measured on {where}.\n" + "".join(table(title, rows) for title, rows in results.items())
     print(text)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "benchmark.md").write_text(text, encoding="utf-8")
-    saved = {"machine": machine(device), "results": results}
-    (options.output_dir / "benchmark.json").write_text(json.dumps(saved, indent=1), encoding="utf-8")
+    (options.output_dir / "benchmark.json").write_text(json.dumps({"machine": where, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

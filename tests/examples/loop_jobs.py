@@ -35,7 +35,7 @@ def run_job(args, killed_in_save=None, kill_rank=None, first_scale=None):
     AcceleratorState._reset_state()  # the last job may have used another precision
     GradientState._reset_state()
     held, saves = {}, []
-    save_state, build_accelerator = Accelerator.save_state, accelerate_loop.build_accelerator
+    save_state = Accelerator.save_state
 
     def end_training(accelerator):
         held.update(
@@ -53,8 +53,8 @@ def run_job(args, killed_in_save=None, kill_rank=None, first_scale=None):
         if len(saves) == killed_in_save and kill_rank is None:
             raise Killed
 
-    def build(arguments):
-        accelerator = build_accelerator(arguments)
+    def build(*args, **kwargs):
+        accelerator = Accelerator(*args, **kwargs)
         if first_scale is not None:
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=first_scale, growth_interval=1)
         return accelerator
@@ -62,7 +62,7 @@ def run_job(args, killed_in_save=None, kill_rank=None, first_scale=None):
     with (
         mock.patch.object(Accelerator, "end_training", end_training),
         mock.patch.object(Accelerator, "save_state", save),
-        mock.patch.object(accelerate_loop, "build_accelerator", build),
+        mock.patch.object(accelerate_loop, "Accelerator", build),
     ):
         try:
             held["report"] = accelerate_loop.main(args)

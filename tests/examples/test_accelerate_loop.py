@@ -46,9 +46,11 @@ def command_line(output, optim, *more, model="dropout"):
     folder = inputs()
     args = {
         "output_dir": output, "optim": optim, "model_name_or_path": folder / model, "learning_rate": RATES[optim],
-        "num_train_epochs": EPOCHS, "batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION, "cycles": 3,
+        "num_train_epochs": EPOCHS, "batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION,
         "checkpointing_steps": 3, **{f"{split}_file": folder / f"{split}.parquet" for split in ("train", "validation")},
     }  # fmt: skip
+    if optim == "nsf":
+        args["optim_args"] = "cycles=3"
     return [str(part) for name, value in args.items() for part in (f"--{name}", value)] + [*map(str, more)]
 
 
@@ -88,7 +90,7 @@ def fresh(monkeypatch):
 def test_resumes_bit_for_bit_in_mid_epoch(optim, update, tmp_path, fresh):
     held, folder = whole(optim)
     checkpoint = folder / f"checkpoint-{update}"
-    assert json.loads((checkpoint / "progress.json").read_text())["batches"] == {6: 4, 9: 2}[update]
+    assert json.loads((checkpoint / "log.json").read_text())[-1]["batches"] == {6: 4, 9: 2}[update]
     assert same(run_job(command_line(tmp_path, optim, "--resume_from_checkpoint", checkpoint)), held)
     log = held["report"]["log"]
     assert len(log) == UPDATES == held["report"]["updates"]
@@ -188,13 +190,21 @@ def test_bf16_autocast(tmp_path, fresh):
     ("flags", "sentence"),
     [
         (["--mixed_precision", "fp16"], "mixed_precision=fp16 needs a GPU: allowed are no and bf16"),
-        (["--p_min", "0.7"], "p_min=0.7 is above p_max=0.5"),
-        (["--cycles", "0"], "cycles=0.0"),
-        (["--optim", "lcam", "--low_loss_momentum", "2"], "low_loss_momentum=2.0, allowed is a number in [0, 1)"),
+        (["--optim_args", "p_min=0.7"], "p_min=0.7 is above p_max=0.5"),
+        (["--optim_args", "cycles=0"], "cycles=0.0"),
+        (
+            ["--optim", "lcam", "--optim_args", "low_loss_momentum=2"],
+            "low_loss_momentum=2.0, allowed is a number in [0, 1)",
+        ),
         (["--learning_rate", "-1"], "lr=-1.0"),
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 is not allowed: give 1 or more"),
         (["--train_file", "gone.csv"], "gone.csv"),
-        (["--resume_from_checkpoint", "gone"], "resume_from_checkpoint=gone is no checkpoint of this script"),
+        (["--optim_args", "momentum=0.9"], "optim=nsf has no option 'momentum'"),
+        (["--resume_from_checkpoint", "gone"], "Tried to find gone but folder does not exist"),
+        (
+            ["--resume_from_checkpoint", str(Path(__file__).parent)],
+            f"No such file or directory: '{Path(__file__).parent}",
+        ),
         (["--momentum", "0.9"], "--momentum"),
     ],
 )
@@ -252,7 +262,7 @@ def test_two_processes(optim, launcher, tmp_path, fresh):
     done = launch(jobs, tmp_path, launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = results(tmp_path, jobs)
-    assert "batch_size=15 is no multiple of 2 processes" in ranks["odd"][0]["error"]
+    assert "the batch size (15) needs to be a round multiple of the number of processes (2)" in ranks["odd"][0]["error"]
     for name in ("whole", "resumed", "plain"):
         a, b = ranks[name]
         assert same({**a, "random": None}, {**b, "random": None})  # one model, one log
