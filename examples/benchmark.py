@@ -8,8 +8,8 @@ Prints Markdown tables and writes them to benchmark.md, and all figures to bench
 
 `steps`: an optimizer step on the tensors of a model: milliseconds, MiB at its peak beyond what was there before it, and
 bytes of state a parameter. The candidates take turns, so that a change of the machine's load reaches all of them; times
-are medians, ratios those of medians of one run.
-`first_step`: seconds of NSF's first step in a new process, with empty caches of compiled kernels and with filled ones.
+are medians, ratios those of medians of one run. `first, s` is the first step of each, with what it compiles, or loads
+from numba's and Triton's caches; with NUMBA_CACHE_DIR and TRITON_CACHE_DIR set to empty folders, all is compiled.
 `training`: samples a second of stock Trainer runs, which take turns; the ratio is the median over rounds.
 """
 
@@ -19,12 +19,9 @@ import argparse
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import distributions
@@ -44,7 +41,7 @@ def minilm(hidden: int = 384) -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(**sizes))
 
 
-PARTS, DTYPES = ("steps", "first_step", "training"), ("float32", "bfloat16", "float16")
+PARTS, DTYPES = ("steps", "training"), ("float32", "bfloat16", "float16")
 SHAPES: dict[str, Callable[[], list[Any]]] = {
     "minilm": lambda: [q.shape for q in minilm().bert.parameters()],
     # One layer of an 8B Llama, 218M parameters.
@@ -79,22 +76,21 @@ def steps(name: str, dtype: str, device: str, repeats: int) -> list[dict[str, An
     # torch's fused SGD is not for low precision on a CPU.
     left_out = ("SGD fused", "LCAM fused") if device == "cpu" and dtype != "float32" else ()
     optimizers = {key: make(params) for key, make in CANDIDATES.items() if key not in left_out}
-    for optimizer in optimizers.values():
-        optimizer.step()  # compiles, and creates the state
     seconds: dict[str, list[float]] = {key: [] for key in optimizers}
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         for key, optimizer in optimizers.items():
             begin = timer()
             optimizer.step()
             seconds[key].append(timer() - begin)
-    median = {key: statistics.median(values) for key, values in seconds.items()}
+    median = {key: statistics.median(values[1:]) for key, values in seconds.items()}
     rows = []
     for key, optimizer in optimizers.items():
         row = {"optimizer": key, "ms": 1e3 * median[key]}
         row |= {f"/ {base}": median[key] / median[base] for base in ("AdamW fused", "AdamW foreach")}
         row["MiB beyond the state"] = peak_bytes(optimizer, device) / 2**20
         state = sum(x.nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
-        rows.append({**row, "bytes of state a parameter": state / sum(q.numel() for q in params)})
+        row["bytes of state a parameter"] = state / sum(q.numel() for q in params)
+        rows.append({**row, "first, s": seconds[key][0]})
     return rows
 
 
@@ -109,30 +105,6 @@ def peak_bytes(optimizer: torch.optim.Optimizer, device: str) -> int:
         optimizer.step()
     changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(changes, initial=0))
-
-
-FIRST_STEP = """
-import sys, torch
-from torch.utils.benchmark import timer
-from hf_nsf import NSF
-q = torch.nn.Parameter(torch.ones(1000, device=sys.argv[1], dtype=getattr(torch, sys.argv[2])))
-q.grad = torch.ones_like(q)
-begin = timer()
-NSF([q], p=0.1).step()
-print(timer() - begin)
-"""
-
-
-def first_step(dtypes: list[str], device: str) -> list[dict[str, Any]]:
-    """Seconds of NSF's first step in a new process, without and with the compiled kernels in their cache."""
-    rows = []
-    for dtype in dtypes:
-        with tempfile.TemporaryDirectory() as cache:
-            env = {**os.environ, "NUMBA_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
-            command = [sys.executable, "-c", FIRST_STEP, device, dtype]
-            cold, cached = (float(subprocess.check_output(command, env=env).split()[-1]) for _ in range(2))
-        rows.append({"dtype": dtype, "cold, s": cold, "cached, s": cached})
-    return rows
 
 
 def training(device: str, rounds: int, updates: int = 12, batch: int = 32, hidden: int = 384) -> list[dict[str, Any]]:
@@ -194,8 +166,6 @@ def main(arguments: list[str] | None = None) -> None:
     if "steps" in options.parts:
         for dtype, name in itertools.product(options.dtypes, options.shapes):
             results[f"Steps: {name}, {dtype}"] = steps(name, dtype, options.device, options.repeats)
-    if "first_step" in options.parts:
-        results["First step"] = first_step(options.dtypes, options.device)
     if "training" in options.parts:
         results["Training"] = training(options.device, options.rounds)
     where = machine(options.device)
