@@ -279,6 +279,17 @@ def processes(bench):
     return [pid for pid in map(int, pids.read_text().split()) if alive(pid)] if pids.exists() else []
 
 
+def at_work(bench):
+    """Whether any process has to do with the comparison: also a run that has not come as far as to note itself."""
+    for process in psutil.process_iter():
+        try:
+            if any(str(bench.out) in word for word in process.cmdline()):
+                return True
+        except psutil.Error:  # it has ended
+            pass
+    return False
+
+
 def wait_for(condition):
     until = time.monotonic() + 30
     while not condition():
@@ -313,7 +324,7 @@ def test_kill_and_resume(bench, launcher):
     tool.wait()
     finished = {path.parent.name for path in bench.out.glob("runs/*/result.json")}
     (bench.folder / "sleep").write_text("0")
-    wait_for(lambda: not processes(bench))
+    wait_for(lambda: not at_work(bench))  # the runs that it left end soon
     before = len(bench.started())
     rows = bench.compare(*options)
     again = [f"{optim}-lr{rate:g}-seed{seed}" for optim, rate, seed in bench.started()[before:]]
