@@ -103,8 +103,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         if arguments.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would use float32
             raise ValueError("mixed_precision=fp16 needs a GPU: allowed are no and bf16.")
         accumulation = accelerator.gradient_accumulation_steps  # the launcher's, where its configuration has them
-        if accumulation < 1:
-            raise ValueError(f"gradient_accumulation_steps={accumulation} is not allowed: give 1 or more.")
+        counts = {"gradient_accumulation_steps": accumulation, "num_train_epochs": arguments.num_train_epochs}
+        for name, count in {**counts, "checkpointing_steps": arguments.checkpointing_steps}.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count} is not allowed: give 1 or more.")
         options = parse_optim_args(arguments.optim, arguments.optim_args, accelerator.device)
         output = Path(arguments.output_dir)
         output.mkdir(parents=True, exist_ok=True)

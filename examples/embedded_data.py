@@ -165,12 +165,13 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def load_digits_images() -> DatasetDict:
     """Load scikit-learn's handwritten digits: columns `image` and `label`; stratified splits, always the same."""
     digits = load_digits()
-    rest, test = train_test_split(range(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
-    train, validation = train_test_split(rest, test_size=0.125, stratify=digits.target[rest], random_state=0)
+    labels, seed = digits.target, SPLIT_SEED
+    rest, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
+    train, validation = train_test_split(rest, test_size=0.125, stratify=labels[rest], random_state=seed)
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     pixels = (digits.images * (255 / 16)).astype(np.uint8)  # grey values from 0 to 16
     images = [PIL.Image.fromarray(image) for image in pixels]
-    rows = Dataset.from_dict({"image": images, "label": digits.target}, features=features)
+    rows = Dataset.from_dict({"image": images, "label": labels}, features=features)
     return DatasetDict(
         {split: rows.select(part) for split, part in zip(SPLITS, (train, validation, test), strict=True)}
     )
