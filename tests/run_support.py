@@ -29,8 +29,8 @@ CLAIMS = [
     ("LCAM's momentum is the rule's in every update: accumulation, streams, wrong lengths, stopped epochs, skipped "
      "steps, replaced optimizers, a copied Trainer", ["tests/trainer/test_decisions.py"]),
     ("resume inside an epoch, with other batches, with more epochs; other optimizers' states refused; nothing in a "
-     "checkpoint is executed", ["tests/trainer/test_resume.py", "tests/resume/test_checkpoints.py"]),
-    ("SIGKILL and resume, bit for bit, one and two ranks, DDP and FSDP2", ["tests/resume/test_kill.py"]),
+     "checkpoint is executed", ["tests/trainer/test_resume.py", "tests/distributed/test_checkpoints.py"]),
+    ("SIGKILL and resume, bit for bit, one and two ranks, DDP and FSDP2", ["tests/distributed/test_kill.py"]),
     ("names in code, on the command line, in JSON and YAML files; invalid options refused; `unregister()`",
      ["tests/trainer/test_registration.py", "tests/trainer/test_options.py"]),
     ("scripts and tools that know nothing of hf_nsf: alone, torchrun, `accelerate launch`, child processes, the `trl` "
@@ -56,14 +56,16 @@ CLAIMS = [
      [f"{DDP}::test_a_nan_on_one_rank_is_a_nan_for_all",
       f"{DDP}::test_a_rank_that_dies_ends_the_others_and_leaves_the_checkpoint"]),
     ("FSDP2 (`fully_shard`), tensor parallelism, DTensor on one and two mesh dimensions, mixed with plain parameters: "
-     "the whole tensor's step, one collective a step; DCP between 2 and 4 ranks", ["tests/sharded/test_sharded.py"]),
-    ("the Trainer under FSDP2, 2 and 4 ranks, FULL and SHARDED checkpoints", ["tests/sharded/test_trainer_fsdp.py"]),
+     "the whole tensor's step, one collective a step; DCP between 2 and 4 ranks",
+     ["tests/distributed/test_sharded.py"]),
+    ("the Trainer under FSDP2, 2 and 4 ranks, FULL and SHARDED checkpoints",
+     ["tests/distributed/test_trainer_fsdp.py"]),
     ("DeepSpeed, ZeRO 1, 2 and 3, on its CPU accelerator (where accelerate gives all ranks the same batches); for p "
      "other than 1/2 the lengths are those of each rank's partition, so that NSF's steps differ from DDP's",
      ["tests/ecosystem/test_deepspeed.py"]),
-    ("bf16 autocast; bfloat16 parameters", ["tests/precision/test_bf16.py"]),
-    ("fp16 steps skipped by a GradScaler", ["tests/precision/test_fp16.py"]),
-    ("a GPU (skipped where there is none)", ["tests/precision/test_devices.py"]),
+    ("bf16 autocast; bfloat16 parameters", ["tests/trainer/test_bf16.py"]),
+    ("fp16 steps skipped by a GradScaler", ["tests/trainer/test_fp16.py"]),
+    ("a GPU (skipped where there is none)", ["tests/trainer/test_devices.py"]),
     ("Triton kernels, interpreted on a CPU and compiled for sm_80 and sm_90; numba kernels",
      ["tests/optim/test_gpu_kernels.py", "tests/optim/test_cpu_kernels.py"]),
 ]  # fmt: skip

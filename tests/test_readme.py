@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import run_support
 import torch
 
 import hf_nsf
@@ -83,33 +82,3 @@ def test_links_lead_to_files(page):
 
 def test_ci_calls_the_test_command_of_the_readme():
     assert "python -m pytest" in (ROOT / ".ci" / "run").read_text() and "python -m pytest" in README
-
-
-def test_every_test_that_the_table_of_support_names_exists():
-    for _, tests in run_support.CLAIMS:
-        for file, _, name in (test.partition("::") for test in tests):
-            text = (ROOT / file).read_text(encoding="utf-8")
-            assert f"def {name}(" in text if name else "def test_" in text, (file, name)
-
-
-def test_the_table_of_support_is_the_one_that_was_written():
-    """Its claims are those of the list, and each has the result of a run in which nothing failed."""
-    _, inside, _ = run_support.parts(run_support.README.read_text(encoding="utf-8"))
-    blank = re.sub(r"\| [^|]* \|$", "|  |", run_support.table({}), flags=re.MULTILINE)
-    assert re.sub(r"\| [^|]* \|$", "|  |", inside, flags=re.MULTILINE) == blank
-    rows = inside.splitlines()[2:]
-    assert len(rows) == len(run_support.CLAIMS)
-    assert all(re.search(r"\| [1-9]\d* (passed(, \d+ skipped)?|skipped) \|$", row) for row in rows)
-
-
-def test_results_are_read_from_pytests_file(tmp_path):
-    file = tmp_path / "junit.xml"
-    file.write_text(
-        '<testsuites><testsuite><testcase classname="tests.a.test_b" name="test_c[1]"/>'
-        '<testcase classname="tests.a.test_b" name="test_c[2]"><skipped/></testcase>'
-        '<testcase classname="tests.a.test_b" name="test_d"><failure/></testcase></testsuite></testsuites>'
-    )
-    results = run_support.read(file)
-    assert results["tests/a/test_b.py::test_c"] == ["passed", "skipped"]
-    assert results["tests/a/test_b.py"] == ["passed", "skipped", "failed"]
-    assert run_support.counts(results["tests/a/test_b.py"]) == "1 passed, 1 skipped, 1 failed"

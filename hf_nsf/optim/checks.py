@@ -34,7 +34,7 @@ def check_at_least_zero(name: str, value: Any) -> float:
     return _check_range(name, value, lambda x: math.isfinite(x) and x >= 0, "a finite number >= 0")
 
 
-def check_decay(name: str, value: Any) -> float:
+def check_unit_interval(name: str, value: Any) -> float:
     """Return a number in [0, 1), the range of momenta and averaging coefficients, as a float."""
     return _check_range(name, value, lambda x: 0 <= x < 1, "a number in [0, 1)")
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.sgd import sgd
 
-from .checks import as_float, check_at_least_zero, check_choice, check_decay, check_flag, check_paths
+from .checks import as_float, check_at_least_zero, check_choice, check_flag, check_paths, check_unit_interval
 from .dtensor import grad_shards, is_sharded, to_local
+from .kahan import LOW_PRECISION, kahan_round, kahan_value
 from .loss_phase import phase_momentum
-from .low_precision import LOW_PRECISION, kahan_round, kahan_value, load_state
 from .pieces import chunk_by_numel, same_dense_layout
+from .state_dict import load_state
 
 LOSS_AVERAGES = ("epoch", "ema")
 DEFAULT_EMA_DECAY = 0.98
@@ -224,7 +225,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
         checked["lr"] = as_float("lr", options["lr"])
     checked["weight_decay"] = check_at_least_zero("weight_decay", options["weight_decay"])
     for name in _PAIR:
-        checked[name] = check_decay(name, options[name])
+        checked[name] = check_unit_interval(name, options[name])
     checked["dampening"] = as_float("dampening", options["dampening"])
     for name in ("nesterov", "maximize"):
         check_flag(name, options[name])
@@ -234,7 +235,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     check_choice("loss_average", options["loss_average"], LOSS_AVERAGES)
     if options["loss_average"] == "ema":
         decay = options["loss_ema_decay"]
-        checked["loss_ema_decay"] = check_decay("loss_ema_decay", DEFAULT_EMA_DECAY if decay is None else decay)
+        checked["loss_ema_decay"] = check_unit_interval("loss_ema_decay", DEFAULT_EMA_DECAY if decay is None else decay)
     elif options["loss_ema_decay"] is not None:
         raise ValueError(
             f"Invalid loss_ema_decay: loss_ema_decay={options['loss_ema_decay']!r} is allowed only with "

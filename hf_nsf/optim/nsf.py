@@ -21,12 +21,13 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from . import nsf_update
-from .checks import as_float, check_at_least_zero, check_choice, check_decay, check_flag, check_paths
+from .checks import as_float, check_at_least_zero, check_choice, check_flag, check_paths, check_unit_interval
 from .dtensor import grad_shards, is_sharded, sum_over_shards, to_local
-from .low_precision import LOW_PRECISION, load_state
+from .kahan import LOW_PRECISION
 from .nsf_update import KEPT, P_RANGE, Bucket, Scalars
 from .p_cycle import CYCLE_OPTIONS, check_cycle, lacks_total, p_at, short_period
 from .pieces import PLAIN, same_dense_layout
+from .state_dict import load_state
 
 logger = logging.getLogger(__name__)
 GRAFTINGS = ("adam", "none")
@@ -406,7 +407,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"Invalid betas: betas={options['betas']!r}, allowed is a pair of numbers in [0, 1)."
         ) from None
-    checked["betas"] = (check_decay("betas[0]", b1), check_decay("betas[1]", b2))
+    checked["betas"] = (check_unit_interval("betas[0]", b1), check_unit_interval("betas[1]", b2))
     for name in ("eps", "weight_decay"):
         checked[name] = check_at_least_zero(name, options[name])
     check_choice("grafting", options["grafting"], GRAFTINGS)

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .low_precision import kahan_round, kahan_value
+from .kahan import kahan_round, kahan_value
 from .pieces import Row, chunk_by_numel
 
 PIECE = 1 << 18  # elements; on a CPU the pieces of a step stay in cache

@@ -15,7 +15,7 @@ import torch
 from tiny_run import run_job, same
 from trainer_runs import HIGH, LOW, by_the_rule, used, windows
 
-WORKER = Path(__file__).with_name("tiny_run.py")
+WORKER = Path(__file__).parents[1] / "support" / "tiny_run.py"
 UNEVEN = {"accelerator_config": {"even_batches": False}}
 EMA = {"optim_args": f"low_loss_momentum={LOW},high_loss_momentum={HIGH},loss_average=ema"}
 # What rank 1 has otherwise, and what every rank's sentence says of it.

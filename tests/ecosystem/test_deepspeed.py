@@ -19,19 +19,19 @@ from hf_nsf import p_schedule
 pytest.importorskip("deepspeed")
 # Its processes wait for each other by spinning: where cores are shared, that takes ten times as long.
 pytestmark = [pytest.mark.ecosystem, pytest.mark.timeout(1000)]
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 LOGGED = ("loss", "step", "nsf_p", "lcam_momentum", "lcam_loss_phase", "lcam_loss_mean")
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(1, ""), (2, ""), (3, ""), (2, "offload"), (3, "offload")])
 @pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
 def test_zero(optimizer, stage, offload, tmp_path):
-    paths = [str(HERE.parent / "distributed"), str(HERE.parents[1])]
+    paths = [str(SUPPORT), str(SUPPORT.parents[1])]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "OMP_NUM_THREADS": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(HERE / "deepspeed_worker.py"), optimizer, str(stage), str(tmp_path), offload],
+        [*command, str(SUPPORT / "deepspeed_worker.py"), optimizer, str(stage), str(tmp_path), offload],
         env={**environment, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-6000:]

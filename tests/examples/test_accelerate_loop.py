@@ -239,7 +239,7 @@ def launch(jobs, folder, launcher="torchrun", processes=2):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "examples")])
-    worker = Path(__file__).with_name("loop_jobs.py")
+    worker = Path(__file__).parents[1] / "support" / "loop_jobs.py"
     return subprocess.run(
         [*command, str(worker), str(Path(folder, "jobs.json")), str(folder)],
         env=environment, capture_output=True, text=True, timeout=280,

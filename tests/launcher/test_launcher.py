@@ -15,9 +15,9 @@ import pytest
 from hf_nsf import __main__ as launcher
 from hf_nsf import p_schedule
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 SITE = str(Path(launcher.__file__).with_name("_site"))
-SCRIPT = str(HERE / "stock_script.py")
+SCRIPT = str(SUPPORT / "stock_script.py")
 NSF = ["--optim", "nsf", "--optim_args", "p_min=-0.25,cycles=2", "--learning_rate", "0.01"]
 LCAM = ["--optim", "lcam", "--optim_args", "high_loss_momentum=0.8", "--learning_rate", "0.05"]
 SETTINGS = [
@@ -166,7 +166,7 @@ def test_a_training_script_with_nsf_and_workers_by_spawn(tmp_path):
 
 
 def test_a_tool_that_trains_in_a_child_process_with_lcam(tmp_path):
-    run("-m", "hf_nsf", "-m", "stock_tool", "-u", SCRIPT, *SETTINGS, *LCAM, cwd=tmp_path, PYTHONPATH=str(HERE))
+    run("-m", "hf_nsf", "-m", "stock_tool", "-u", SCRIPT, *SETTINGS, *LCAM, cwd=tmp_path, PYTHONPATH=str(SUPPORT))
     check_log(tmp_path / "out", "lcam")
 
 

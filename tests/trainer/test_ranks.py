@@ -12,7 +12,7 @@ import torch
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_ranks_decide_alike_on_streams_and_differing_ones_are_stopped(tmp_path):
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "support"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, str(here / "stream_ranks.py"), str(tmp_path)], capture_output=True, text=True, check=False,

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     reason="before torch 2.9, FSDP2 on gloo sums gradients rather than averaging them",
 )
 
-WORKER = Path(__file__).with_name("fsdp_run.py")
+WORKER = Path(__file__).parents[1] / "support" / "fsdp_run.py"
 OURS = ["lcam", "nsf"]
 SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
 SETTINGS = {
@@ -36,7 +36,7 @@ UNUSUAL = tuple((name, form, setting) for name, form, _ in ALL for setting in ("
 
 def launched(plan, folder):
     """Make the launches of a plan: [{job: [rank 0, ...]}, ...]."""
-    paths = os.pathsep.join([str(Path(__file__).parents[1] / "distributed"), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join([str(WORKER.parent), str(Path(__file__).parents[2])])
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
     done = subprocess.run(

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="before torch 2.9, FSDP2 on gloo sums gradients rather than averaging them",
 )
 
-WORKER = Path(__file__).with_name("sharded_worker.py")
+WORKER = Path(__file__).parents[1] / "support" / "sharded_worker.py"
 FEW = ["nsf", "nsf none", "nsf bfloat16", "lcam", "lcam bfloat16"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 # Kills, processes, and the type of the state dict where FSDP2 shards the training.
 LONG = [(20, 1), (5, 2), (3, 2, "SHARDED_STATE_DICT"), (3, 2, "FULL_STATE_DICT")]
 CASES = [("lcam", 2, 1), *(("nsf", *case) for case in LONG), *(("lcam", *case) for case in LONG)]
@@ -19,10 +19,10 @@ PARAMS = [CASES[0], *(pytest.param(case, marks=SLOW) for case in CASES[1:])]
 
 @pytest.mark.parametrize("case", PARAMS, ids=lambda case: "-".join(map(str, case)))
 def test_killed_runs_end_as_uninterrupted_ones(case, tmp_path):
-    paths = [*(str(HERE.parent / name) for name in ("distributed", "sharded")), str(HERE.parents[1])]
+    paths = [str(SUPPORT), str(SUPPORT.parents[1])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
-        [sys.executable, str(HERE / "kill_chain.py"), str(tmp_path), *map(str, case)],
+        [sys.executable, str(SUPPORT / "kill_chain.py"), str(tmp_path), *map(str, case)],
         env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
