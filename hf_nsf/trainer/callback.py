@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from typing import Any
@@ -180,7 +181,9 @@ class PhaseCallback(TrainerCallback):
         path = os.environ.get("HF_NSF_SAVE_STATE")
         # Not the state of another Trainer that evaluates only: it has made no update.
         if path and state.is_world_process_zero and state.global_step:
-            state.save_to_json(path)
+            with open(path + ".part", "w", encoding="utf-8") as file:
+                json.dump({"log_history": state.log_history}, file, default=float)  # numpy's numbers
+            os.replace(path + ".part", path)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the optimizer, so that its memory can be freed."""
