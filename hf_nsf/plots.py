@@ -6,39 +6,40 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pickle
+import re
 import sys
-import textwrap
-import zipfile
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
-
-from .optim.p_cycle import DEFAULT_CYCLE_STEPS, p_schedule
 
 try:
     import matplotlib.pyplot  # noqa: F401 (a notebook shows figures only after this import)
     import numpy as np
+    from matplotlib import rc_context
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.collections import QuadMesh
+    from matplotlib.colors import to_rgba
+    from matplotlib.figure import Figure, FigureBase
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 except ImportError as problem:
     raise ImportError(f"hf_nsf.plots needs matplotlib: pip install 'hf_nsf[plots]' ({problem})") from None
 
-# Okabe and Ito's palette without its yellow, for readers who see colours differently; dashes and markers help them too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-_DASHES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1)), (0, (9, 2)), (0, (4, 1, 1, 1, 1, 1)))
-_MARKERS = "osD^v<>"
+# Okabe and Ito's palette without its yellow, then Tol's; dashes and markers help readers who see colours differently.
+_COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9 #882255 #999933 #8C8C8C #332288 #8B5A2B".split()
+_DASHES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1)), (0, (9, 2)))
+_MARKERS = "osD^v<>PXph*"
 _STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "axes.axisbelow": True, "axes.labelpad": 6, "axes.xmargin": 0.01, "lines.linewidth": 1.5, "legend.frameon": False,
-    "figure.dpi": 150,
+    "figure.dpi": 150, "text.parse_math": False, "axes.formatter.useoffset": False, "axes.formatter.limits": (-12, 12),
 }  # fmt: skip
 _NAMES = {"loss": "training loss", "nsf_p": "exponent p", "lcam_momentum": "momentum", "learning_rate": "learning rate"}
-_NO_METRICS = ("runtime", "_per_second", "_time")  # how other names that start with eval_ end
-_OF_ONE_RUN = ("seed", "data_seed", "output_dir", "logging_dir", "run_name", "resume_from_checkpoint")
-_Run = dict[str, dict[int, float]]  # the values of each name by step
+_NO_METRICS = ("runtime", "_per_second", "_time")  # endings of other names that start with eval_
+_POINTS = 1000  # of a curve: longer ones are averaged to so many
+Series = dict[float, float]  # values by step
 
 
 def plot_runs(
@@ -49,7 +50,7 @@ def plot_runs(
     Runs of the same label are seeds of one configuration: their mean is drawn, with its standard error.
 
     Args:
-        log_histories: `trainer.state.log_history` of each run.
+        log_histories: `trainer.state.log_history` of each run. Entries without a step are left out.
         labels: one for each run.
         learning_rate: draw it too.
 
@@ -62,31 +63,36 @@ def plot_runs(
     labels = [f"run {index + 1}" for index in range(len(log_histories))] if labels is None else labels
     if not log_histories or len(labels) != len(log_histories):
         raise ValueError(f"plot_runs needs one label for each run, got {len(labels)} for {len(log_histories)} runs.")
-    groups: dict[str, list[_Run]] = {}
+    groups: dict[str, list[dict[str, Series]]] = {}
     for label, history in zip(labels, log_histories, strict=True):
-        run = _values(history)
-        if not _metrics(run):
+        run = numbers(history)
+        if not metrics(run):
             raise ValueError(f"The log of {label} holds no losses and no evaluation metrics.")
         groups.setdefault(label, []).append(run)
     names = {name: None for runs in groups.values() for run in runs for name in run}
     controls = ("nsf_p", "lcam_momentum", "learning_rate") if learning_rate else ("nsf_p", "lcam_momentum")
-    keys = _metrics(names)
+    keys = metrics(names)
     keys[1:1] = [key for key in controls if key in names]
-    handles: list[Any] = []
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(keys)
-        for index, (label, runs) in enumerate(groups.items()):
+    columns = 1 if len(keys) <= 5 else 2
+    with style():
+        figure = new_figure(4.5 + 3 * columns, 1.1 + 1.8 * math.ceil(len(keys) / columns))
+        axes = panels(figure, keys, columns)
+        for index, runs in enumerate(groups.values()):
             for key, axis in axes.items():
-                if logged := [run[key] for run in runs if key in run]:
-                    _draw(axis, key, logged, index)
-            text = textwrap.fill(f"{label}: {len(runs)} seeds" if len(runs) > 1 else label, 100)
-            handles.append(Line2D([], [], label=text, **_line(index)))
+                draw(axis, key, [run[key] for run in runs if key in run], index)
+        texts = [f"{label}: {len(runs)} seeds" if len(runs) > 1 else label for label, runs in groups.items()]
+        handles: list[Any] = [Line2D([], [], **look(index)) for index in range(len(groups))]
         single = [(index, runs[0]) for index, runs in enumerate(groups.values()) if len(runs) == 1]
         if phases := [(index, run["lcam_loss_phase"]) for index, run in single if "lcam_loss_phase" in run]:
             _shade(axes["lcam_momentum"], phases)
-            handles.append(Patch(color="0.5", alpha=0.35, lw=0, label="phase of low loss"))
-        columns = int(14 * figure.get_figwidth()) // (8 + max(len(handle.get_label()) for handle in handles))
-        figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(3, columns)), handlelength=3.2)
+            handles.append(Patch(color="0.5", alpha=0.35, lw=0))
+            texts.append("phase of low loss")
+        texts = [wrap(text, 100) for text in texts]
+        fitting = int(14 * figure.get_figwidth()) // (8 + max(map(len, texts)))
+        look_of: Any = {"loc": "outside upper left", "ncols": max(1, min(3, fitting)), "handlelength": 3.2}
+        legend = figure.legend(handles, ["?"] * len(handles), **look_of)
+        for place, text in zip(legend.get_texts(), texts, strict=True):
+            place.set_text(text)  # as a label, one that starts with _ would be left out
         bands = "   ·   bands, bars: standard error of the mean" if len(groups) < len(log_histories) else ""
         figure.supxlabel(f"step (updates){bands}", fontsize=9)
     return figure
@@ -97,49 +103,88 @@ def plot_cycle(**options: Any) -> Figure:
 
     The options are those of :func:`hf_nsf.p_schedule`, and so are the errors.
     """
+    from .optim.p_cycle import DEFAULT_CYCLE_STEPS, p_schedule  # not above: pictures of runs need no torch
+
     steps = range(math.ceil(options.get("total_steps") or 4 * (options.get("cycle_steps") or DEFAULT_CYCLE_STEPS)))
     values = p_schedule(steps, **options)
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(["nsf_p"])
-        axes["nsf_p"].plot(steps, values, color=_COLOURS[0])
-        axes["nsf_p"].set_xlabel("step (updates)")
+    with style():
+        figure = new_figure(7.5, 2.9)
+        axis = panels(figure, ["nsf_p"])["nsf_p"]
+        axis.plot(steps, values, color=_COLOURS[0])
+        axis.set_xlabel("step (updates)")
     return figure
 
 
-def _panels(keys: list[str]) -> tuple[Figure, dict[str, Axes]]:
-    """One panel above the other with a common axis of steps; two columns if there are many."""
-    columns = 1 if len(keys) <= 5 else 2
+def style() -> Any:
+    """A context in which figures are drawn in this module's style."""
+    return rc_context(_STYLE)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def panels(figure: FigureBase, keys: list[str], columns: int = 1) -> dict[str, Axes]:
+    """Panels with a common axis of steps, in rows of so many columns."""
     rows: Any = [keys[k : k + columns] for k in range(0, len(keys), columns)]
     rows[-1] += ["."] * (columns - len(rows[-1]))
-    figure = Figure(figsize=(4.5 + 3 * columns, 1.1 + 1.8 * len(rows)), layout="constrained")
     axes = figure.subplot_mosaic(rows, sharex=True)
     for key, axis in axes.items():
         axis.set_ylabel(_NAMES.get(key, key))
+    for key in keys[-columns:]:
+        axes[key].tick_params(labelbottom=True)  # those above an empty place, too
     figure.align_ylabels()
-    return figure, axes
+    return axes
 
 
-def _line(index: int) -> dict[str, Any]:
-    """How the lines of a configuration look: from the eighth on colours return, with hollow markers in all panels."""
-    colour = _COLOURS[index % 7]
-    marker = {"marker": _MARKERS[index % 7], "ms": 4, "mfc": colour if index < 7 else "white"}
-    return {"color": colour, "ls": _DASHES[index % 6], **marker}
+def look(index: int) -> dict[str, Any]:
+    """Line style of a configuration. From the 13th on, colours return with hollow markers in all panels."""
+    colour = _COLOURS[index % 12]
+    marker = {"marker": _MARKERS[index % 12], "ms": 4, "mfc": colour if index < 12 else "white"}
+    return {"color": colour, "ls": _DASHES[index % 5], **marker}
 
 
-def _values(history: list[dict[str, Any]]) -> _Run:
-    """The numbers logged, the last one at each step; what is not finite becomes a gap in the line."""
-    found: _Run = {}
-    for entry in history:
+def wrap(text: str, width: int) -> str:
+    """Break lines longer than `width`, after a comma, colon or space if there is one; keep everything else."""
+    part = rf".{{1,{width}}}(?:(?<=[,: ])|$)|.{{{width}}}"
+    return "\n".join("\n".join(re.findall(part, line)) for line in text.split("\n"))
+
+
+def _number(value: Any) -> float | None:
+    """Python's and numpy's real numbers as floats, None for anything else."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    except OverflowError:
+        return math.inf
+
+
+def numbers(history: Any, wanted: Sequence[str] | None = None) -> dict[str, Series]:
+    """The numbers logged, the last one at each step; gaps (nan) where they are not finite."""
+    found: dict[str, Series] = {}
+    for entry in history if isinstance(history, (list, tuple)) else ():
+        step = _number(entry.get("step")) if isinstance(entry, dict) else None
+        if step is None or not math.isfinite(step):
+            continue
         for name, value in entry.items():
-            if isinstance(value, (int, float)):
-                found.setdefault(name, {})[entry["step"]] = value if math.isfinite(value) else math.nan
+            if (wanted is None or name in wanted) and (number := _number(value)) is not None:
+                found.setdefault(str(name), {})[step] = number if math.isfinite(number) else math.nan
     return found
 
 
-def _metrics(names: Iterable[str]) -> list[str]:
+def metrics(names: Iterable[str]) -> list[str]:
     """The loss and the evaluation metrics, in this order."""
     found = [name for name in names if name == "loss" or name.startswith("eval_") and not name.endswith(_NO_METRICS)]
     return sorted(found, key=lambda name: (name != "loss", name != "eval_loss"))
+
+
+def _condense(values: Any) -> Any:
+    """Means over the last axis in at most `_POINTS` parts of equal length; gaps count only where they fill a part."""
+    starts = np.arange(0, values.shape[-1], math.ceil(values.shape[-1] / _POINTS))
+    known = ~np.isnan(values)
+    totals = np.add.reduceat(np.where(known, values, 0.0), starts, axis=-1)
+    counts = np.add.reduceat(known.astype(float), starts, axis=-1)
+    return np.where(counts > 0, totals / np.maximum(counts, 1), np.nan)
 
 
 def _moving_mean(values: Any, width: int) -> Any:
@@ -149,34 +194,79 @@ def _moving_mean(values: Any, width: int) -> Any:
     return np.where(known, total / np.maximum(count, 1), np.nan)
 
 
-def _draw(axis: Axes, key: str, runs: list[dict[int, float]], index: int) -> None:
-    """Draw the runs of one configuration into a panel."""
-    colour, evaluation = _COLOURS[index % 7], key.startswith("eval_")
-    steps = sorted(set.intersection(*map(set, runs)) or set().union(*runs))
-    table = np.array([[run.get(step, math.nan) for step in steps] for run in runs])
-    width = len(steps) // 40 | 1
-    step: Any = "mid" if key == "lcam_momentum" else None
-    if key in ("loss", "lcam_momentum") and width > 1:
+def _is_traced(steps: Any, values: Any, period: float | None) -> bool:
+    """Whether p was logged eight times or more in each cycle, so that a line through its values is no false cycle.
+
+    If the period is unknown, each update must have been logged: points further apart may lie on many cycles.
+    """
+    gap = np.median(np.diff(steps))
+    if period is not None:
+        return bool(8 * gap <= period)
+    moves = np.sign(np.diff(values))
+    return bool(gap <= 1 and np.count_nonzero(np.diff(moves[moves != 0])) <= len(steps) / 4)
+
+
+def draw(axis: Axes, key: str, runs: list[Series], index: int, period: float | None = None) -> None:
+    """Draw the runs of one configuration into a panel: one run, or the mean of several with its standard error.
+
+    The period of p, if it is known, is in updates.
+    """
+    common = sorted(set.intersection(*map(set, runs))) if runs else []
+    if not common:
+        for run in runs if len(runs) > 1 else ():  # logged at different steps
+            draw(axis, key, [run], index, period)
+        return
+    style = look(index)
+    colour, control = style["color"], key in _NAMES
+    steps, table = np.array(common), np.array([[run[step] for step in common] for run in runs])
+    drawstyle: Any = "default"
+    if key in ("loss", "lcam_momentum") and len(common) > 80:
         if key == "loss" and len(runs) == 1:
-            axis.plot(steps, table[0], color=colour, lw=0.6, alpha=0.2, zorder=1)
-        table, step = np.array([_moving_mean(_moving_mean(row, width), width) for row in table]), None
+            starts = np.arange(0, len(common), math.ceil(len(common) / _POINTS))
+            extremes = [np.fmin.reduceat(table[0], starts), np.fmax.reduceat(table[0], starts)]
+            noise = np.ravel(extremes, "F") if len(starts) < len(common) else table[0]
+            axis.plot(np.linspace(steps[0], steps[-1], len(noise)), noise, color=colour, lw=0.6, alpha=0.2, zorder=1)
+        steps, table = _condense(steps), _condense(table)
+        width = len(steps) // 40 | 1
+        table = np.array([_moving_mean(_moving_mean(row, width), width) for row in table])
         axis.set_ylabel(f"{_NAMES[key]}\n(moving mean)")
+    elif key == "lcam_momentum":
+        drawstyle = "steps-mid"
     mean, every = table.mean(axis=0), math.ceil(len(steps) / 12)
     places: Any = (index % every, every)
-    look: Any = {**_line(index), "markevery": places if evaluation or index > 6 else []}
-    axis.plot(steps, mean, zorder=3, drawstyle="steps-mid" if step else "default", **look)
+    style["markevery"] = [] if control and index < 12 else places
+    if key == "nsf_p" and len(steps) > 1 and not _is_traced(steps, mean, period):
+        style |= {"ls": "none", "marker": style["marker"] if len(steps) < 100 else ".", "ms": 3, "markevery": None}
+    axis.plot(steps, mean, zorder=3, drawstyle=drawstyle, **style)
     if len(runs) > 1:
         error = table.std(axis=0, ddof=1) / math.sqrt(len(runs))
-        if evaluation:  # a band would not show at a single one
-            axis.errorbar(steps, mean, error, color=colour, fmt="none", capsize=2, elinewidth=1, errorevery=places)
-        else:
+        if control:
+            step: Any = "mid" if drawstyle == "steps-mid" else None
             axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, lw=0, step=step)
+        else:  # a band would not show at a single one
+            axis.errorbar(steps, mean, error, color=colour, fmt="none", capsize=2, elinewidth=1, errorevery=places)
     low, high = axis.dataLim.intervaly
     if key.endswith("loss") and low > 0 and high > 100 * low:  # as where a run diverged
-        axis.set_yscale("log")
+        log_scale(axis.set_yscale, axis.yaxis)
 
 
-def _shade(axis: Axes, phases: list[tuple[int, dict[int, float]]]) -> None:
+def log_scale(set_scale: Any, axis: Any, ticks: Sequence[float] | None = None) -> None:
+    """Make an axis logarithmic, with plain numbers as labels, for certain ticks or for powers of ten."""
+    set_scale("log")
+    if ticks is not None:
+        axis.set_ticks(ticks)
+        axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(_short))
+
+
+def _short(value: float, _: Any = None) -> str:
+    """0.02 or 1.25e-5."""
+    mantissa, _, exponent = f"{value:e}".partition("e")
+    return f"{value:g}" if -4 < int(exponent) < 6 else f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _shade(axis: Axes, phases: list[tuple[int, Series]]) -> None:
     """Shade the steps taken in a phase of low loss: the whole panel for one run, a strip for each of several."""
     low, high = axis.get_ylim()
     several = len(phases) > 1
@@ -184,88 +274,84 @@ def _shade(axis: Axes, phases: list[tuple[int, dict[int, float]]]) -> None:
         axis.set_ylim(high - (high - low) / (1 - 0.08 * len(phases)), high)
     for row, (index, run) in enumerate(phases):
         bottom, top = (0.08 * row + 0.01, 0.08 * row + 0.07) if several else (0.0, 1.0)
-        heights = [top if phase == 1 else bottom for phase in run.values()]
-        look: Any = {"color": _COLOURS[index % 7] if several else "0.5", "alpha": 0.35, "lw": 0, "step": "mid"}
-        axis.fill_between(list(run), bottom, heights, transform=axis.get_xaxis_transform(), **look)
+        steps, share = _condense(np.array(list(run))), _condense(np.array(list(run.values())))
+        edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])
+        corners = np.stack(np.meshgrid(edges, [bottom, top]), axis=-1)
+        colours = np.tile(to_rgba(_COLOURS[index % 12] if several else "0.5"), (len(share), 1))
+        colours[:, 3] = 0.35 * np.nan_to_num(share)
+        mesh = QuadMesh(corners, antialiased=False, facecolors=colours, transform=axis.get_xaxis_transform())
+        axis.add_collection(mesh, autolim=False)
 
 
-class _Settings(pickle.Unpickler):
-    """Reads the values in a training_args.bin without calling anything it names: the run may be somebody else's."""
-
-    class Named:
-        def __init__(self, *arguments: Any) -> None:
-            self.arguments = arguments
-
-    def find_class(self, module: str, name: str) -> Any:
-        return self.Named
+def _states(folder: Path) -> list[Path]:
+    """The states of the Trainer in a folder: its own, and those of its checkpoints, the latest first."""
+    found = list(folder.glob("checkpoint-*/trainer_state.json"))
+    number = {file: file.parent.name.rpartition("-")[2] for file in found}
+    found.sort(key=lambda file: int(number[file]) if number[file].isdecimal() else -1, reverse=True)
+    return [*folder.glob("trainer_state.json"), *found]
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The plain values of a run's TrainingArguments; nothing if the file is missing or of an unknown format."""
-    try:
-        with zipfile.ZipFile(folder / "training_args.bin") as archive:
-            data = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            found = vars(_Settings(archive.open(data)).load())
-        found["optim"] = getattr(found["optim"], "arguments", [found["optim"]])[0]
-        return {key: value for key, value in found.items() if isinstance(value, (str, int, float, type(None)))}
-    except Exception:
-        return {}
-
-
-def _read(run: Path) -> tuple[list[dict[str, Any]], Path]:
-    """The log of a run and its file: the run itself, or the latest state in its folder and checkpoints."""
+def _find(run: Path) -> list[Path]:
+    """The run of this name, or the runs in a folder of this name."""
     if not run.exists():
         raise ValueError(f"There is no file or folder {run}.")
-    files = [run] if run.is_file() else [*run.glob("checkpoint-*/trainer_state.json"), *run.glob("trainer_state.json")]
-    states = []
+    if run.is_file() or _states(run):
+        return [run]
+    found = sorted(child for child in run.iterdir() if child.is_dir() and _states(child))
+    if not found:
+        raise ValueError(f"{run} holds no trainer_state.json, nor does a checkpoint-N or another folder in it.")
+    return found
+
+
+def _read(run: Path) -> list[Any]:
+    """The log of a run: of the latest state in its folder and checkpoints that is whole."""
+    files = [run] if run.is_file() else _states(run)
+    found: list[tuple[float, list[Any]]] = []
+    damaged = []
     for file in files:
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
-            states.append((state["global_step"], [dict(entry) for entry in state["log_history"]], file))
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file} is no trainer_state.json.") from None
-    if not states:
-        raise ValueError(f"{run} holds no trainer_state.json, nor does a checkpoint-N in it.")
-    _, history, file = max(states, key=lambda state: state[0])
-    return history, file
+            history, step = state["log_history"], _number(state.get("global_step"))
+            found.append((-1.0 if step is None else step, list(history)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            damaged.append(file)
+        if found and file.parent != run:
+            break  # the checkpoints before this one are older
+    if not found:
+        raise ValueError(f"{damaged[0]} is no trainer_state.json, or damaged.")
+    for file in damaged:
+        print(f"{file} is no trainer_state.json, or damaged, and is left out.", file=sys.stderr)
+    return max(found, key=lambda state: state[0])[1]
 
 
-def _labels(runs: Sequence[Path], files: Sequence[Path]) -> list[str]:
-    """Optimizer and options, or else the run as named; the same for runs that differ in nothing but their seeds."""
-    settings = [_settings(file.parent) for file in files]
-    several_rates = len({found["learning_rate"] for found in settings if found}) > 1
-    texts = [str(run) for run in runs]
-    for index, found in enumerate(settings):
-        if found:
-            options = f" ({found['optim_args'].replace(',', ', ')})" if found.get("optim_args") else ""
-            rate = f", lr {found['learning_rate']:g}" if several_rates else ""
-            texts[index] = f"{found['optim']}{options}{rate}"
-    labels = []
-    for run, text in zip(runs, texts, strict=True):
-        same = [found for found, other in zip(settings, texts, strict=True) if other == text]
-        seeds = {found.get("seed") for found in same}
-        rests = {frozenset(item for item in found.items() if item[0] not in _OF_ONE_RUN) for found in same}
-        labels.append(text if len(seeds) == len(same) and len(rests) == 1 else f"{text}: {run}")
-    return labels
+def _labels(runs: Sequence[Path]) -> list[str]:
+    """The names of the runs' folders, with the folders around them where these are the same."""
+    folders = [(run.parent if run.is_file() else run).resolve() for run in runs]
+    checkpoints = [folder.name.startswith("checkpoint-") for folder in folders]
+    names = ["/".join(folder.parts[-2 if inner else -1 :]) for folder, inner in zip(folders, checkpoints, strict=True)]
+    return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw the runs that the arguments name; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m hf_nsf.plots", description="Draw runs of the Trainer in one PNG.")
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="output_dir, checkpoint or trainer_state.json")
+    add(
+        "runs", nargs="+", type=Path, metavar="RUN", help="output_dir, checkpoint, trainer_state.json or folder of runs"
+    )
     add("--output", type=Path, default=Path("runs.png"), help="default: runs.png")
     add("--labels", nargs="+", help="one for each run; the same for seeds of one configuration")
     add("--learning_rate", action="store_true", help="draw the learning rate too")
     options = parser.parse_args(arguments)
     try:
-        histories, files = zip(*(_read(run) for run in options.runs), strict=True)
-        labels = options.labels or _labels(options.runs, files)
-        plot_runs(*histories, labels=labels, learning_rate=options.learning_rate).savefig(options.output)
+        runs = [found for run in options.runs for found in _find(run)]
+        labels = options.labels or _labels(runs)
+        figure = plot_runs(*map(_read, runs), labels=labels, learning_rate=options.learning_rate)
+        figure.savefig(options.output)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    print(options.output)
+    print(str(options.output).encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8"))
     return 0
 
 
