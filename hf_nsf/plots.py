@@ -75,24 +75,26 @@ def plot_runs(
     keys[1:1] = [key for key in controls if key in names]
     columns = 1 if len(keys) <= 5 else 2
     with style():
-        figure = new_figure(4.5 + 3 * columns, 1.1 + 1.8 * math.ceil(len(keys) / columns))
+        texts = [f"{label}: {len(runs)} seeds" if len(runs) > 1 else label for label, runs in groups.items()]
+        texts = [wrap(str(text), 100) for text in texts] + ["phase of low loss"]
+        width = 4.5 + 3 * columns
+        legend_columns = max(1, min(3, int(14 * width) // (8 + max(map(len, texts)))))
+        legend_rows = "\n".join(texts).count("\n") // legend_columns + 1
+        figure = new_figure(width, 0.9 + 0.2 * legend_rows + 1.8 * math.ceil(len(keys) / columns))
         axes = panels(figure, keys, columns)
         for index, runs in enumerate(groups.values()):
             for key, axis in axes.items():
                 draw(axis, key, [run[key] for run in runs if key in run], index)
-        texts = [f"{label}: {len(runs)} seeds" if len(runs) > 1 else label for label, runs in groups.items()]
         handles: list[Any] = [Line2D([], [], **look(index)) for index in range(len(groups))]
         single = [(index, runs[0]) for index, runs in enumerate(groups.values()) if len(runs) == 1]
-        if phases := [(index, run["lcam_loss_phase"]) for index, run in single if "lcam_loss_phase" in run]:
+        phases = [(index, run["lcam_loss_phase"]) for index, run in single if "lcam_loss_phase" in run]
+        if phases and "lcam_momentum" in axes:
             _shade(axes["lcam_momentum"], phases)
             handles.append(Patch(color="0.5", alpha=0.35, lw=0))
-            texts.append("phase of low loss")
-        texts = [wrap(text, 100) for text in texts]
-        fitting = int(14 * figure.get_figwidth()) // (8 + max(map(len, texts)))
-        look_of: Any = {"loc": "outside upper left", "ncols": max(1, min(3, fitting)), "handlelength": 3.2}
-        legend = figure.legend(handles, ["?"] * len(handles), **look_of)
-        for place, text in zip(legend.get_texts(), texts, strict=True):
-            place.set_text(text)  # as a label, one that starts with _ would be left out
+        place: Any = {"loc": "outside upper left", "ncols": legend_columns, "handlelength": 3.2}
+        legend = figure.legend(handles, ["?"] * len(handles), **place)
+        for entry, text in zip(legend.get_texts(), texts, strict=False):
+            entry.set_text(text)  # as a label, one that starts with _ would be left out
         bands = "   ·   bands, bars: standard error of the mean" if len(groups) < len(log_histories) else ""
         figure.supxlabel(f"step (updates){bands}", fontsize=9)
     return figure
@@ -160,15 +162,15 @@ def _number(value: Any) -> float | None:
 
 
 def numbers(history: Any, wanted: Sequence[str] | None = None) -> dict[str, Series]:
-    """The numbers logged, the last one at each step; gaps (nan) where they are not finite."""
+    """The numbers logged, the last one at each step; gaps (nan) where they are not finite or cannot be drawn."""
     found: dict[str, Series] = {}
     for entry in history if isinstance(history, (list, tuple)) else ():
         step = _number(entry.get("step")) if isinstance(entry, dict) else None
-        if step is None or not math.isfinite(step):
+        if step is None or not abs(step) < 1e15:
             continue
         for name, value in entry.items():
             if (wanted is None or name in wanted) and (number := _number(value)) is not None:
-                found.setdefault(str(name), {})[step] = number if math.isfinite(number) else math.nan
+                found.setdefault(str(name), {})[step] = number if abs(number) < 1e100 else math.nan
     return found
 
 
@@ -269,16 +271,16 @@ def _short(value: float, _: Any = None) -> str:
 def _shade(axis: Axes, phases: list[tuple[int, Series]]) -> None:
     """Shade the steps taken in a phase of low loss: the whole panel for one run, a strip for each of several."""
     low, high = axis.get_ylim()
-    several = len(phases) > 1
+    several, height = len(phases) > 1, min(0.08, 0.6 / len(phases))
     if several:
-        axis.set_ylim(high - (high - low) / (1 - 0.08 * len(phases)), high)
+        axis.set_ylim(high - (high - low) / (1 - height * len(phases)), high)
     for row, (index, run) in enumerate(phases):
-        bottom, top = (0.08 * row + 0.01, 0.08 * row + 0.07) if several else (0.0, 1.0)
-        steps, share = _condense(np.array(list(run))), _condense(np.array(list(run.values())))
+        bottom, top = (height * (row + 1 / 8), height * (row + 7 / 8)) if several else (0.0, 1.0)
+        steps, share = (_condense(np.array(column)) for column in zip(*sorted(run.items()), strict=True))
         edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])
         corners = np.stack(np.meshgrid(edges, [bottom, top]), axis=-1)
         colours = np.tile(to_rgba(_COLOURS[index % 12] if several else "0.5"), (len(share), 1))
-        colours[:, 3] = 0.35 * np.nan_to_num(share)
+        colours[:, 3] = 0.35 * np.clip(np.nan_to_num(share), 0, 1)
         mesh = QuadMesh(corners, antialiased=False, facecolors=colours, transform=axis.get_xaxis_transform())
         axis.add_collection(mesh, autolim=False)
 
@@ -289,18 +291,6 @@ def _states(folder: Path) -> list[Path]:
     number = {file: file.parent.name.rpartition("-")[2] for file in found}
     found.sort(key=lambda file: int(number[file]) if number[file].isdecimal() else -1, reverse=True)
     return [*folder.glob("trainer_state.json"), *found]
-
-
-def _find(run: Path) -> list[Path]:
-    """The run of this name, or the runs in a folder of this name."""
-    if not run.exists():
-        raise ValueError(f"There is no file or folder {run}.")
-    if run.is_file() or _states(run):
-        return [run]
-    found = sorted(child for child in run.iterdir() if child.is_dir() and _states(child))
-    if not found:
-        raise ValueError(f"{run} holds no trainer_state.json, nor does a checkpoint-N or another folder in it.")
-    return found
 
 
 def _read(run: Path) -> list[Any]:
@@ -320,15 +310,31 @@ def _read(run: Path) -> list[Any]:
     if not found:
         raise ValueError(f"{damaged[0]} is no trainer_state.json, or damaged.")
     for file in damaged:
-        print(f"{file} is no trainer_state.json, or damaged, and is left out.", file=sys.stderr)
+        print(f"{file} is no trainer_state.json, or damaged. It is left out.", file=sys.stderr)
     return max(found, key=lambda state: state[0])[1]
 
 
+def _load(name: Path) -> list[tuple[Path, list[Any]]]:
+    """The run of this name with its log, or the runs in a folder of this name."""
+    if not name.exists():
+        raise ValueError(f"There is no file or folder {name}.")
+    if name.is_file() or _states(name):
+        return [(name, _read(name))]
+    found = []
+    for run in sorted(path for path in name.iterdir() if path.is_dir() and _states(path)):
+        try:
+            found.append((run, _read(run)))
+        except ValueError as error:
+            print(f"{error} It is left out.", file=sys.stderr)
+    if not found:
+        raise ValueError(f"{name} holds no trainer_state.json, nor does a checkpoint-N or another folder in it.")
+    return found
+
+
 def _labels(runs: Sequence[Path]) -> list[str]:
-    """The names of the runs' folders, with the folders around them where these are the same."""
+    """The names of the runs' folders, or the runs as named where these are the same."""
     folders = [(run.parent if run.is_file() else run).resolve() for run in runs]
-    checkpoints = [folder.name.startswith("checkpoint-") for folder in folders]
-    names = ["/".join(folder.parts[-2 if inner else -1 :]) for folder, inner in zip(folders, checkpoints, strict=True)]
+    names = ["/".join(folder.parts[-1 - folder.name.startswith("checkpoint-") :]) for folder in folders]
     return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
 
 
@@ -336,18 +342,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Draw the runs that the arguments name; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m hf_nsf.plots", description="Draw runs of the Trainer in one PNG.")
     add = parser.add_argument
-    add(
-        "runs", nargs="+", type=Path, metavar="RUN", help="output_dir, checkpoint, trainer_state.json or folder of runs"
-    )
+    kinds = "output_dir, checkpoint, trainer_state.json, or a folder of these"
+    add("runs", nargs="+", type=Path, metavar="RUN", help=kinds)
     add("--output", type=Path, default=Path("runs.png"), help="default: runs.png")
     add("--labels", nargs="+", help="one for each run; the same for seeds of one configuration")
     add("--learning_rate", action="store_true", help="draw the learning rate too")
     options = parser.parse_args(arguments)
     try:
-        runs = [found for run in options.runs for found in _find(run)]
+        runs, histories = zip(*(found for name in options.runs for found in _load(name)), strict=True)
         labels = options.labels or _labels(runs)
-        figure = plot_runs(*map(_read, runs), labels=labels, learning_rate=options.learning_rate)
-        figure.savefig(options.output)
+        plot_runs(*histories, labels=labels, learning_rate=options.learning_rate).savefig(options.output)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

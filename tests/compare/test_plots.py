@@ -1,32 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m hf_nsf.plots`, plot_runs and plot_cycle: what is drawn, what the labels say, what gets a sentence."""
+"""`python -m hf_nsf.plots`, plot_runs and plot_cycle: curves, labels, damaged logs, and time linear in their length."""
 
+import io
 import json
 import math
 import os
-import pickle
-import zipfile
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import TrainingArguments
 
 from hf_nsf import p_schedule, plots
 from hf_nsf.plots import plot_cycle, plot_runs
 
 
-def history(steps=6, shift=0.0, **control):
+def history(steps=6, shift=0.0, every=1, **control):
     """What a Trainer logs: a loss at each step, an evaluation at every third, a summary that is none of both."""
     log = []
-    for step in range(1, steps + 1):
+    for step in range(every, steps + 1, every):
         values = {key: value(step) for key, value in control.items()}
         log.append({"step": step, "epoch": step / steps, "loss": 2 / step + shift, "learning_rate": 0.1, **values})
         if step % 3 == 0:
-            no_metrics = {"eval_runtime": 3.0, "eval_samples_per_second": 9.0, "eval_model_preparation_time": 0.1}
-            log.append(
-                {"step": step, "eval_loss": 1 / step, "eval_accuracy": step / 10, "eval_note": "x", **no_metrics}
-            )
+            other = {"eval_runtime": 3.0, "eval_samples_per_second": 9.0, "eval_model_preparation_time": 0.1}
+            log.append({"step": step, "eval_loss": 1 / step, "eval_accuracy": step / 10, "eval_note": "x", **other})
     return [*log, {"step": steps, "train_loss": 1.0, "train_runtime": 1.0}]
 
 
@@ -46,7 +45,7 @@ def data(axis):
     return [list(line.get_ydata()) for line in axis.lines]
 
 
-def test_what_is_drawn():
+def test_panels_curves_and_legend():
     nsf = history(nsf_p=lambda k: k / 10)
     figure = plot_runs(nsf, lcam(), labels=["one", "two"])
     found = panels(figure)
@@ -62,21 +61,22 @@ def test_what_is_drawn():
     assert "momentum" not in panels(plot_runs(nsf))
 
 
-def test_phases_are_shaded():
+def test_phases_are_shaded_over_their_steps():
     """The whole panel for one run, a strip for each of several; none for means over seeds."""
     for runs, labels, spans in [
         ([lcam()], ["a"], [(0, 1)]),
         ([lcam(), lcam()], ["a", "b"], [(0.01, 0.07), (0.09, 0.15)]),
         ([lcam(), lcam()], ["a", "a"], []),
+        ([lcam()] * 20, list(range(20)), [(0.03 * k + 0.00375, 0.03 * k + 0.02625) for k in range(20)]),
     ]:
         axis = panels(plot_runs(*runs, labels=labels))["momentum"]
-        shades = [c for c in axis.collections if c.get_transform() == axis.get_xaxis_transform()]
-        shaded = [np.concatenate([path.vertices for path in shade.get_paths()]) for shade in shades]
-        assert [height for span in spans for height in span] == pytest.approx(
-            [height for vertices in shaded for height in (vertices[:, 1].min(), vertices[:, 1].max())]
-        )
-        for vertices in shaded:  # the odd steps, each to half the way to its neighbours
-            assert set(vertices[vertices[:, 1] == vertices[:, 1].max(), 0]) == {1, 1.5, 2.5, 3.5, 4.5, 5.5}
+        shades = [shade for shade in axis.collections if shade.get_transform() == axis.get_xaxis_transform()]
+        corners = [shade.get_coordinates() for shade in shades]
+        heights = [(part[..., 1].min(), part[..., 1].max()) for part in corners]
+        assert heights == [pytest.approx(span) for span in spans]
+        for shade, part in zip(shades, corners, strict=True):  # odd steps, each half-way to its neighbours
+            assert list(part[0, :, 0]) == [1, 1.5, 2.5, 3.5, 4.5, 5.5, 6]
+            assert list(shade.get_facecolors()[:, 3] > 0) == [True, False] * 3
 
 
 def test_seeds_are_a_mean_and_its_standard_error():
@@ -90,28 +90,26 @@ def test_seeds_are_a_mean_and_its_standard_error():
     error = np.std([0.0, 0.1, 0.5], ddof=1) / math.sqrt(3)
     assert "bands, bars: standard error" in figure._supxlabel.get_text()
     assert heights.min() == pytest.approx(2 / 6 + 0.2 - error) and heights.max() == pytest.approx(2.2 + error)
-
-
-def test_the_standard_error_shows_at_a_single_evaluation():
-    runs = [[{"step": 5, "eval_accuracy": value}] for value in (0.5, 0.6, 0.7)]
-    axis = panels(plot_runs(*runs, labels=["a"] * 3))["eval_accuracy"]
-    (bar,) = axis.collections[0].get_segments()
+    single = [[{"step": 5, "eval_accuracy": value}] for value in (0.5, 0.6, 0.7)]  # an error bar, not a band
+    (bar,) = panels(plot_runs(*single, labels=["a"] * 3))["eval_accuracy"].collections[0].get_segments()
     assert bar[:, 1] == pytest.approx([0.6 - 0.1 / math.sqrt(3), 0.6 + 0.1 / math.sqrt(3)])
+    apart = [[{"step": step, "loss": 1.0}] for step in (1, 2)]  # no step in common
+    assert len(panels(plot_runs(*apart, labels=["a", "a"]))["training loss"].lines) == 2
 
 
 def test_fourteen_configurations_look_different():
     figure = plot_runs(*(history(50, shift=shift) for shift in range(14)))
     handles, lines = figure.legends[0].get_lines(), panels(figure)["eval_loss"].lines
+    assert len({line.get_color() for line in lines[:12]}) == 12
     for drawn in (handles, lines):
         looks = {(line.get_color(), line.get_markerfacecolor() == "white", line.get_marker()) for line in drawn}
         dashes = {(line.get_color(), str(line._dash_pattern)) for line in drawn}
         assert len(drawn) == len(looks) == len(dashes) == 14
     losses = [line for line in panels(figure)["training loss"].lines if line.get_marker() != "None"]
-    assert [bool(line.get_markevery()) for line in losses] == [False] * 7 + [True] * 7
+    assert [bool(line.get_markevery()) for line in losses] == [False] * 12 + [True] * 2
 
 
-def test_long_and_diverged_runs():
-    """Noise is smoothed around its mean and shown as it is; what is not finite is a gap and hides nothing else."""
+def test_noise_is_averaged_and_what_is_not_finite_is_a_gap():
     noise = history(400, loss=lambda k: 1 + (-1) ** k / 2)
     raw, smooth = data(panels(plot_runs(noise))["training loss"])
     assert panels(plot_runs(noise))["training loss"].get_ylabel() == "training loss\n(moving mean)"
@@ -121,10 +119,37 @@ def test_long_and_diverged_runs():
     smooth = data(panels(plot_runs(broken))["training loss"])[1]
     assert [k + 1 for k, value in enumerate(smooth) if math.isnan(value)] == [*range(101, 301), 399]
     assert smooth[:100] == pytest.approx([1] * 100)
-    figure = plot_runs(history(), history(loss=lambda k: 10.0 ** (3 * k)))
-    assert (
-        panels(figure)["training loss"].get_yscale() == "log" and panels(figure)["eval_loss"].get_yscale() == "linear"
-    )
+    found = panels(plot_runs(history(), history(loss=lambda k: 10.0 ** (3 * k))))
+    assert (found["training loss"].get_yscale(), found["eval_loss"].get_yscale()) == ("log", "linear")
+
+
+def test_long_logs_take_linear_time_and_keep_their_means_and_extremes():
+    def drawn(steps):
+        log = lcam(steps, loss=lambda k: 1 + (-1) ** k / 2)
+        start = time.process_time()
+        figure = plot_runs(log)
+        figure.savefig(io.BytesIO())
+        return time.process_time() - start, figure
+
+    drawn(100)
+    (short, _), (long, figure) = drawn(5_000), drawn(20_000)
+    assert long < 5 * short
+    raw, smooth = data(panels(figure)["training loss"])
+    assert set(raw) == {0.5, 1.5} and smooth == pytest.approx([1] * len(smooth), abs=0.01)
+    (shade,) = panels(figure)["momentum"].collections
+    assert len(shade.get_facecolors()) <= 1000 and shade.get_facecolors()[:, 3] == pytest.approx(0.175)
+
+
+def test_a_cycle_of_p_is_a_line_only_where_its_values_determine_it():
+    def line(every, **cycle):
+        values = p_schedule(range(241), **cycle)
+        log = history(240, every=every, nsf_p=lambda k: values[k - 1])
+        return panels(plot_runs(log))["exponent p"].lines[0].get_linestyle() != "None"
+
+    for shape in ("cosine", "triangular", "sawtooth", "square"):
+        assert line(1, cycle_steps=8, cycle_shape=shape) and line(1, cycle_steps=100, cycle_shape=shape)
+        assert not line(1, cycle_steps=5, cycle_shape=shape)
+        assert not line(10, cycle_steps=10.5, cycle_shape=shape)  # a line would show a cycle of 210 updates
 
 
 def test_plot_cycle():
@@ -137,78 +162,86 @@ def test_plot_cycle():
         plot_cycle(p_min=1, p_max=0)
 
 
-def write(folder, log=None, step=6, optim=None, **values):
-    """A folder as the Trainer leaves it."""
+def test_labels_and_axes_are_drawn_as_they_stand():
+    names = ["_hidden", "a $x$ b", "two\nlines", "nsf:" + "p_max=0.25," * 12]
+    runs = [history(loss=lambda k: 1e6 + k / 10, shift=shift) for shift in range(4)]
+    figure = plot_runs(*runs, labels=names)
+    figure.savefig(io.BytesIO())
+    assert legend(figure)[:3] == names[:3] and legend(figure)[3].replace("\n", "") == names[3]
+    assert all(line.endswith(",") for line in legend(figure)[3].split("\n"))
+    assert not any(text.get_parse_math() for text in figure.legends[0].get_texts())
+    assert not any(axis.yaxis.get_offset_text().get_text() for axis in figure.axes)
+
+
+def test_foreign_entries_are_left_out_and_numpy_numbers_are_numbers():
+    good = [{"step": np.int64(1), "loss": np.float32(0.5), "eval_f1": np.float64(0.25)}, {"step": 2.0, "loss": 1}]
+    foreign = [{"loss": 9}, {"step": "3", "loss": 9}, {"step": [4], "loss": 9}, {"step": None, "loss": 9}, None, [1]]
+    foreign += [{"step": 10**400, "loss": 9}, {"step": math.nan, "loss": 9}, {"step": True, "loss": 9}, {"step": 3}]
+    foreign += [{"step": 5, "loss": value, "eval_f1": value} for value in ("0.5", [0.5], None, True, {})]
+    found = panels(plot_runs([*foreign, *good, *foreign]))
+    assert data(found["training loss"]) == [[0.5, 1]] and data(found["eval_f1"]) == [[0.25]]
+    plot_runs([{"step": 1, "loss": 1, "lcam_loss_phase": 7}, {"step": 2, "loss": -1e308, "lcam_momentum": 1e308}])
+
+
+def write(folder, log=None, step=6):
+    """A folder as the Trainer leaves it; the text of a damaged one."""
     folder.mkdir(parents=True)
     state = {"global_step": step, "log_history": history(step) if log is None else log}
-    Path(folder, "trainer_state.json").write_text(json.dumps(state))
-    if optim:
-        import torch
-
-        args = TrainingArguments(str(folder), optim=optim, use_cpu=True, report_to="none", **values)
-        torch.save(args, folder / "training_args.bin")
-    return folder
+    (folder / "trainer_state.json").write_text(log if isinstance(log, str) else json.dumps(state))
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
-    """It reads the newest of an output_dir, a checkpoint or a file, and says which optimizer ran with which options."""
+def test_runs_and_their_labels(tmp_path, monkeypatch, capsys):
+    """Names mean the latest whole state of an output_dir, a checkpoint, a file, or the runs in a folder."""
     monkeypatch.chdir(tmp_path)
-    cycle = {"optim": "nsf", "optim_args": "p_min=-0.25,cycles=2"}
-    for seed in (1, 2):
-        write(tmp_path / f"seed{seed}", **cycle, seed=seed)
-    write(tmp_path / "out" / "checkpoint-3", step=3, optim="adamw_torch")
-    write(tmp_path / "out" / "checkpoint-12", step=12, optim="adamw_torch")
-    Path("out", "checkpoint-13").mkdir()
+    for name, step in [("out/checkpoint-3", 3), ("out/checkpoint-12", 12), ("all/a", 6), ("all/b", 6), ("again/a", 6)]:
+        write(Path(name), step=step)
+    Path("out/checkpoint-13").mkdir()
+    write(Path("out/checkpoint-20"), log="")
+    write(Path("all/c"), log='{"log_history": [{"step')
+    Path("all/notes").mkdir()
+    write(Path("resumed"), step=3)
+    write(Path("resumed/checkpoint-9"), step=9)
     seen = []
-    monkeypatch.setattr(
-        plots, "plot_runs", lambda *runs, **options: seen.append((runs, options)) or plot_runs(*runs, **options)
-    )
-    assert plots.main(["seed1", "seed2", "out", "out/checkpoint-3", "seed1/trainer_state.json", "--learning_rate"]) == 0
-    runs, options = seen.pop()
-    assert [max(entry["step"] for entry in run) for run in runs] == [6, 6, 12, 3, 6]
-    nsf = "nsf (p_min=-0.25, cycles=2)"
-    others = ["adamw_torch: out", f"adamw_torch: {Path('out', 'checkpoint-3')}"]
-    file = Path("seed1", "trainer_state.json")
-    assert options["labels"] == [f"{nsf}: seed1", f"{nsf}: seed2", *others, f"{nsf}: {file}"]
-    assert Path("runs.png").read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out == "runs.png\n"
-    for names, labels in [
-        (["seed1", "seed2"], [nsf, nsf]),
-        (["seed1", "out"], [nsf, "adamw_torch"]),
-        (["seed1", "slow"], [f"{nsf}, lr 5e-05", f"{nsf}, lr 0.1"]),
-        (["seed1", "unknown"], [nsf, "unknown"]),
+    monkeypatch.setattr(plots, "plot_runs", lambda *runs, **given: seen.append((runs, given)) or plot_runs(*runs))
+    for names, labels, steps, left_out in [
+        (["out"], ["out"], [12], ["out/checkpoint-20"]),
+        (["out/checkpoint-3", "all/a"], ["out/checkpoint-3", "a"], [3, 6], []),
+        (["all/a/trainer_state.json", "resumed"], ["a", "resumed"], [6, 9], []),
+        (["all"], ["a", "b"], [6, 6], ["all/c"]),
+        (["all/a", "again"], [str(Path("all/a")), str(Path("again/a"))], [6, 6], []),
+        (["all/a", "resumed", "--labels", "x", "x"], ["x", "x"], [6, 9], []),
     ]:
-        Path("slow").exists() or write(tmp_path / "slow", **cycle, learning_rate=0.1)
-        Path("unknown").exists() or write(tmp_path / "unknown")
-        assert plots.main([*names, "--output", "two.png"]) == 0 and seen.pop()[1]["labels"] == labels
-    assert plots.main(["seed1", "seed2", "--labels", "a", "b"]) == 0 and seen.pop()[1]["labels"] == ["a", "b"]
+        assert plots.main(names) == 0
+        runs, given = seen.pop()
+        assert given["labels"] == labels
+        assert [max(entry["step"] for entry in run) for run in runs] == steps
+        said = capsys.readouterr()
+        assert said.out == "runs.png\n" and Path("runs.png").read_bytes().startswith(b"\x89PNG")
+        found = [str(Path(name, "trainer_state.json")) for name in left_out]
+        assert said.err.splitlines() == [f"{n} is no trainer_state.json, or damaged. It is left out." for n in found]
 
 
-def test_reading_settings_executes_nothing(tmp_path):
-    class Planted:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "planted"),)
-
-    with zipfile.ZipFile(tmp_path / "training_args.bin", "w") as archive:
-        archive.writestr("x/data.pkl", pickle.dumps(Planted()))
-    assert plots._settings(tmp_path) == {} and not Path(tmp_path, "planted").exists()
-
-
-def test_what_cannot_be_drawn_gets_a_sentence(tmp_path, monkeypatch, capsys):
+def test_damaged_and_foreign_runs_get_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    write(tmp_path / "silent", log=[{"step": 1, "train_loss": 1.0, "eval_runtime": 1.0}])
-    write(tmp_path / "good")
-    Path("other.json").write_text("[1]")
-    Path("broken.json").write_text("{")
-    for arguments, sentence in [
+    write(Path("silent"), log=[{"step": 1, "train_loss": 1.0, "eval_runtime": 1.0}])
+    write(Path("stepless"), log=[{"loss": 1.0}, {"loss": 2.0, "step": "2"}])
+    write(Path("good"))
+    no_state = "{} is no trainer_state.json, or damaged."
+    no_losses = "The log of {} holds no losses and no evaluation metrics."
+    cases = [
         (["nowhere"], "There is no file or folder nowhere."),
-        (["empty"], "empty holds no trainer_state.json, nor does a checkpoint-N in it."),
-        (["silent"], "The log of silent holds no losses and no evaluation metrics."),
-        (["good", "other.json"], "other.json is no trainer_state.json."),
-        (["broken.json"], "broken.json is no trainer_state.json."),
+        (["empty"], "empty holds no trainer_state.json, nor does a checkpoint-N or another folder in it."),
+        (["silent"], no_losses.format("silent")),
+        (["good", "stepless"], no_losses.format("stepless")),
         (["good", "--labels", "a", "b"], "plot_runs needs one label for each run, got 2 for 1 runs."),
-    ]:
-        assert plots.main(arguments) == 2
+    ]
+    foreign = ["[1]", "{", "", "null", '{"log_history": 3}', '{"global_step": 3}', "[" * 100_000, "\x00", "\xff"]
+    for index, text in enumerate(foreign):
+        Path(f"{index}.json").write_bytes(text.encode("latin-1"))
+        cases.append((["good", f"{index}.json"], no_state.format(f"{index}.json")))
+    for arguments, sentence in cases:
+        assert plots.main(arguments) == 2, arguments
         assert capsys.readouterr().err == f"python -m hf_nsf.plots: {sentence}\n"
     for output in ("runs.xyz", "nowhere/runs.png"):
         assert plots.main(["good", "--output", output]) == 2 and capsys.readouterr().err.count("\n") == 1
@@ -216,3 +249,12 @@ def test_what_cannot_be_drawn_gets_a_sentence(tmp_path, monkeypatch, capsys):
         plot_runs([{"step": 1}], labels=["a"])
     with pytest.raises(ValueError, match="got 0 for 0 runs"):
         plot_runs()
+
+
+def test_the_command_needs_no_torch(tmp_path):
+    write(tmp_path / "out")
+    command = [sys.executable, "-m", "hf_nsf.plots", "out", "--output", "ä.png"]
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = sys.modules['transformers'] = None")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "?.png\n"), done.stderr
