@@ -62,7 +62,7 @@ def test_chance_is_students_t():
         ([0.5] * 6, {}, "better by 0.5 ± 0 (the same with each of 6 seeds)"),
         ([0.0, 0.0], {}, "level with `first` (+0 ± 0)"),
         ([0.5], {}, "+0.5 with one seed: no verdict without more --seeds"),
-        ([math.nan, math.nan], {}, "no verdict: no seed has a result of both"),
+        ([math.nan, math.nan], {}, "no result: all runs failed or diverged"),
         ([0.10, math.nan, 0.11, 0.12], {}, "better by 0.11 ± 0.0058 (19.1 standard errors)"),
     ],
 )
@@ -196,6 +196,6 @@ def test_without_results_or_matplotlib_there_is_a_sentence(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.startswith("No picture: hf_nsf.plots needs matplotlib: pip install"), done.stderr
     plan = finished(options(["a"]), lambda run: result(0, run.seed, run.learning_rate))
-    assert "- `a`: the one" in table(plan.summary())
+    assert "- `a`: no result: all runs" in table(plan.summary())
     picture(plan, tmp_path / "it.png")
     assert "No picture: " in str(picture(plan, tmp_path / "no folder" / "it.png"))
