@@ -197,5 +197,6 @@ def test_without_results_or_matplotlib_there_is_a_sentence(tmp_path):
     assert done.stdout.startswith("No picture: hf_nsf.plots needs matplotlib: pip install"), done.stderr
     plan = finished(options(["a"]), lambda run: result(0, run.seed, run.learning_rate))
     assert "- `a`: no result: all runs" in table(plan.summary())
-    picture(plan, tmp_path / "it.png")
+    assert picture(plan, tmp_path / "it.png") == "No picture: no run has a result."
+    plan = finished(options(["a"]), lambda run: result(1, run.seed, run.learning_rate))
     assert "No picture: " in str(picture(plan, tmp_path / "no folder" / "it.png"))
