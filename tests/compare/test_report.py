@@ -176,7 +176,7 @@ def test_a_cycle_logged_less_than_eight_times_is_points(every, optim, is_line):
         ({"learning_rates": 1}, [], []),
         ({}, [{"step": 1, "loss": 1.0, "eval_accuracy": 1.0}], []),
         ({"seeds": 1}, [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}], ["training loss"]),
-        ({}, [{"step": "1", "loss": [1]}, {"loss": 1}, {"step": 2, "loss": None}], []),
+        ({}, [{"step": "1", "loss": [1]}, {"step": 2, "loss": None}, {"loss": 1}], []),
     ],
 )
 def test_only_curves_of_more_than_one_point_are_drawn(changed, log, curves, tmp_path):
