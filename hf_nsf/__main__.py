@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a script, module or command that knows nothing of hf_nsf with both optimizers registered: see `--help`.
+"""Run an unmodified script, module or command with both optimizers registered: see `--help`.
 
-The script gets a Python of its own, so that arguments, sys.path, `__main__`, tracebacks and exit status are Python's.
-What registers there, and in its child processes, is `_site/sitecustomize.py`, found through PYTHONPATH.
+The script gets a Python process of its own, so that arguments, sys.path, `__main__`, tracebacks and exit status are
+Python's. `_site/sitecustomize.py`, found through PYTHONPATH, registers in it and in its child processes.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 HELP = """\
 usage: python -m hf_nsf SCRIPT [arguments]        torchrun [options] -m hf_nsf SCRIPT [arguments]
        python -m hf_nsf -m MODULE [arguments]     accelerate launch [options] -m hf_nsf SCRIPT [arguments]
-       python -m hf_nsf COMMAND [arguments]
+       python -m hf_nsf COMMAND [arguments]       deepspeed [options] --module hf_nsf SCRIPT [arguments]
 
-Run SCRIPT, MODULE or COMMAND unmodified, as without hf_nsf, and let transformers' Trainer know two more optimizers:
+Run SCRIPT, MODULE or COMMAND unmodified, and add two optimizers to transformers' Trainer:
   --optim lcam   SGD whose momentum follows the loss   --optim_args low_loss_momentum=0.9,high_loss_momentum=0.95,...
   --optim nsf    AdamW whose exponent p cycles         --optim_args p_min=-0.25,p_max=0.5,cycles=8,...
-Python processes that it starts know them too, so tools that train in child processes need no more than this:
+Child Python processes have them, too, so tools that train in child processes need nothing else:
   python -m hf_nsf trl sft --optim nsf --model_name_or_path ...
 """
 _SITE = str(Path(__file__).with_name("_site"))
 
 
 def _python_options(count: int) -> list[str]:
-    """The options of this process's Python: what stands before `-m hf_nsf` and the `count` arguments after it."""
+    """Return the options of this process's Python, which precede `-m hf_nsf` and its `count` arguments."""
     options = sys.orig_argv[1 : len(sys.orig_argv) - count]
     text = options.pop() if options else ""
     if text == "hf_nsf":
@@ -39,38 +39,55 @@ def _python_options(count: int) -> list[str]:
     return [*options, letters] if letters != "-" else options
 
 
-def _command(arguments: list[str]) -> list[str]:
-    """What to execute; a ValueError says why there is nothing."""
+def _is_for_python(name: str) -> bool:
+    """Whether `name` is a script, a folder or an archive for Python, and not another executable such as ./train.sh."""
+    if not os.path.isfile(name):
+        return os.path.isfile(os.path.join(name, "__main__.py"))
+    with open(name, "rb") as file:
+        first = file.readline(200)
+    return not (first.startswith((b"#!", b"\x7fELF")) and b"python" not in first and os.access(name, os.X_OK))
+
+
+def _command(arguments: list[str], environment: dict[str, str]) -> list[str]:
+    """Return the command to execute, and extend PATH for it; a ValueError names what is wrong."""
     if sys.flags.ignore_environment or sys.flags.no_site:
         raise ValueError("Python's options -E, -I and -S keep hf_nsf from reaching the script.")
-    name = arguments[0]
-    if name == "-m" or Path(name).is_file() or Path(name, "__main__.py").is_file():
-        return [sys.executable, *_python_options(len(arguments)), *arguments]
+    rest = list(arguments)
+    # deepspeed --module and torch.distributed.launch --module put the script's first argument before the script.
+    ranks = [rest.pop(0)] if rest[0].startswith(("--local_rank=", "--local-rank=")) else []
+    name, *rest = rest or [""]
+    if name == "-m" and rest:
+        return [sys.executable, *_python_options(len(arguments)), "-m", rest[0], *ranks, *rest[1:]]
+    if _is_for_python(name):
+        return [sys.executable, *_python_options(len(arguments)), name, *ranks, *rest]
     if name.startswith("-"):
         raise ValueError(f"there is no option {name}; the script comes first.")
-    # A command of this environment, activated or not, before those of the system.
-    found = shutil.which(name, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
+    # A command of this environment, even if it is not activated, before those of the system.
+    own, path = os.path.dirname(sys.executable), environment.get("PATH", "")
+    found = name if os.path.isfile(name) else shutil.which(name, path=os.pathsep.join([own, path]))
     if found is None:
         raise ValueError(f"there is no script and no command {name}.")
-    return [found, *arguments[1:]]
+    if os.path.dirname(found) == own:  # it may start accelerate or torchrun by name
+        environment["PATH"] = os.pathsep.join([own, path])
+    return [found, *ranks, *rest]
 
 
 def main(arguments: list[str]) -> int:
-    """Replace this process by what the arguments name; returns (an exit status) only where that cannot be."""
+    """Replace this process by the command in `arguments`; returns an exit status only if that is not possible."""
     if arguments[:1] in (["-h"], ["--help"]):
         print(HELP, end="")
         return 0
     if not arguments or arguments == ["-m"]:
         print(HELP, end="", file=sys.stderr)
         return 2
+    given = os.environ.get("PYTHONPATH")
+    others = [folder for folder in given.split(os.pathsep) if folder != _SITE] if given else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_SITE, *others])}
     try:
-        command = _command(arguments)
+        command = _command(arguments, environment)
     except ValueError as error:
         print(f"python -m hf_nsf: {error}", file=sys.stderr)
         return 2
-    given = os.environ.get("PYTHONPATH")
-    others = [path for path in given.split(os.pathsep) if path != _SITE] if given else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_SITE, *others])}
     if os.name == "nt":  # exec returns to the shell at once there
         return subprocess.call(command, env=environment)
     sys.stdout.flush()

@@ -1,7 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lets a Trainer use both optimizers by name: the names, their options, and the callback that hears losses."""
-
-from .callback import PhaseCallback
-from .registry import register, unregister
-
-__all__ = ["PhaseCallback", "register", "unregister"]
+"""Integration with transformers' Trainer: the two names, their options and the callback. Imports nothing by itself."""

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..optim import LCAM, NSF
 from .callback import PhaseCallback, unwrap_optimizer
+from .names import add_names, optimizer_name, remove_names
 from .options import parse_optim_args
 
 logger = logging.get_logger(__name__)
@@ -53,40 +54,6 @@ def _tables() -> tuple[Any, list[Any], dict[Any, Any]]:
         ) from None
 
 
-def optimizer_name(value: str) -> Any:
-    """The enum's member of that value. Pickled members name this function, so that unpickling imports hf_nsf."""
-    return _host("training_args").OptimizerNames(value)
-
-
-def _add_name(enum: Any, value: str) -> None:
-    """Give the enum a real member: iteration, lookup, argparse's choices, pickle and JSON then work by themselves."""
-    if value in enum._value2member_map_:
-        return
-    name = value.upper()
-    member: Any = str.__new__(enum, value)
-    member._name_, member._value_ = name, value
-    member.__objclass__ = enum
-    member._sort_order_ = len(enum._member_names_)
-    member.__reduce_ex__ = lambda protocol: (optimizer_name, (value,))
-    enum._member_names_.append(name)
-    enum._member_map_[name] = member
-    enum._value2member_map_[value] = member
-    if hasattr(enum, "_hashable_values_"):  # newer Pythons: `in` looks here
-        enum._hashable_values_.append(value)
-    type.__setattr__(enum, name, member)
-
-
-def _remove_name(enum: Any, value: str) -> None:
-    if enum._value2member_map_.pop(value, None) is None:
-        return
-    name = value.upper()
-    enum._member_names_.remove(name)
-    del enum._member_map_[name]
-    if hasattr(enum, "_hashable_values_"):
-        enum._hashable_values_.remove(value)
-    type.__delattr__(enum, name)
-
-
 def _without_ours(callbacks: list[Any]) -> list[Any]:
     # By name: importlib.reload makes a second class of the same one.
     return [callback for callback in callbacks if getattr(callback, "__name__", "") != PhaseCallback.__name__]
@@ -115,9 +82,9 @@ def _hearing(training_step: Any) -> Any:
 def register() -> None:
     """Make `optim="lcam"` and `optim="nsf"` known to transformers. Doing it again changes nothing."""
     host, enums, handlers = _tables()
+    for enum in enums:
+        add_names(enum)
     for value, handler in _HANDLERS.items():
-        for enum in enums:
-            _add_name(enum, value)
         handlers[optimizer_name(value)] = handler
     host.DEFAULT_CALLBACKS[:] = [*_without_ours(host.DEFAULT_CALLBACKS), PhaseCallback]
     if not hasattr(host.Trainer.training_step, "_hf_nsf"):
@@ -129,8 +96,8 @@ def unregister() -> None:
     host, enums, handlers = _tables()
     for value in _HANDLERS:
         handlers.pop(value, None)
-        for enum in enums:
-            _remove_name(enum, value)
+    for enum in enums:
+        remove_names(enum)
     host.DEFAULT_CALLBACKS[:] = _without_ours(host.DEFAULT_CALLBACKS)
     training_step = host.Trainer.training_step
     if vars(training_step).get("_hf_nsf") is training_step:  # else another has wrapped ours, which then stays
