@@ -55,7 +55,9 @@ def _command(arguments: list[str], environment: dict[str, str]) -> list[str]:
     rest = list(arguments)
     # deepspeed --module and torch.distributed.launch --module put the script's first argument before the script.
     ranks = [rest.pop(0)] if rest[0].startswith(("--local_rank=", "--local-rank=")) else []
-    name, *rest = rest or [""]
+    if not rest:
+        raise ValueError(f"there is no script after {ranks[0]}.")
+    name, *rest = rest
     if name == "-m" and rest:
         return [sys.executable, *_python_options(len(arguments)), "-m", rest[0], *ranks, *rest[1:]]
     if _is_for_python(name):

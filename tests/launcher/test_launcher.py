@@ -73,19 +73,30 @@ def test_a_script_runs_as_python_runs_it(tmp_path):
 
 
 def test_commands(monkeypatch, tmp_path):
-    """What replaces the process, with Python's own options, and its PYTHONPATH."""
+    """What replaces the process, with Python's own options, its PYTHONPATH and its PATH."""
     with zipfile.ZipFile(tmp_path / "tool.zip", "w") as archive:
         archive.writestr("__main__.py", PROBE)
     Path(tmp_path, "__main__.py").write_text(PROBE)
     folder, zipped = str(tmp_path), str(tmp_path / "tool.zip")
+    for name, first in (("train.sh", "#!/bin/sh"), ("train", "#!/usr/bin/env python3"), ("accelerate", "#!/bin/sh")):
+        Path(tmp_path, name).write_text(first)
+        Path(tmp_path, name).chmod(0o755)
+    shell, train, python = f"{folder}/train.sh", f"{folder}/train", sys.executable
+    rank = "--local_rank=1"
     seen = []
     monkeypatch.setattr(os, "execve", lambda path, command, environment: seen.append((path, command, environment)))
     for start, arguments, expected in [
-        (["-m", "hf_nsf"], ["-m", "tool", "-m", "x"], [sys.executable, "-m", "tool", "-m", "x"]),
-        (["-mhf_nsf"], [folder], [sys.executable, folder]),
-        (["-X", "dev", "-um", "hf_nsf"], [zipped], [sys.executable, "-X", "dev", "-u", zipped]),
-        (["hf_nsf/__main__.py"], [SCRIPT, "-h"], [sys.executable, SCRIPT, "-h"]),
+        (["-m", "hf_nsf"], ["-m", "tool", "-m", "x"], [python, "-m", "tool", "-m", "x"]),
+        (["-mhf_nsf"], [folder], [python, folder]),
+        (["-X", "dev", "-um", "hf_nsf"], [zipped], [python, "-X", "dev", "-u", zipped]),
+        (["hf_nsf/__main__.py"], [SCRIPT, "-h"], [python, SCRIPT, "-h"]),
         (["-m", "hf_nsf"], ["sh", "x.sh"], [shutil.which("sh"), "x.sh"]),
+        (["-m", "hf_nsf"], [shell, "x"], [shell, "x"]),
+        (["-m", "hf_nsf"], [train, "x"], [python, train, "x"]),
+        # deepspeed --module, torch.distributed.launch --module
+        (["-u", "-m", "hf_nsf"], [rank, SCRIPT, "-h"], [python, "-u", SCRIPT, rank, "-h"]),
+        (["-m", "hf_nsf"], ["--local-rank=0", "-m", "tool", "x"], [python, "-m", "tool", "--local-rank=0", "x"]),
+        (["-m", "hf_nsf"], [rank, shell], [shell, rank]),
     ]:
         monkeypatch.setattr(sys, "orig_argv", ["python", *start, *arguments])
         both = os.pathsep.join([SITE, "a"])
@@ -94,80 +105,58 @@ def test_commands(monkeypatch, tmp_path):
             launcher.main(arguments)
             program, command, environment = seen.pop()
             assert command == expected and program == expected[0] and environment["PYTHONPATH"] == path
+            assert environment["PATH"] == os.environ["PATH"]
+    monkeypatch.setattr(sys, "executable", f"{folder}/python")  # an environment that is not activated
+    launcher.main(["accelerate", "launch"])
+    program, command, environment = seen.pop()
+    assert program == f"{folder}/accelerate" and environment["PATH"] == os.pathsep.join([folder, os.environ["PATH"]])
 
 
-def test_what_cannot_run_gets_a_sentence(monkeypatch, capsys):
-    assert launcher.main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("torchrun", "accelerate launch", "trl sft")) and len(text.splitlines()) < 12
-    for arguments in ([], ["-m"]):
-        assert launcher.main(arguments) == 2 and capsys.readouterr().err == text
-    assert launcher.main(["nowhere.py", "--optim", "nsf"]) == 2
-    assert capsys.readouterr().err == "python -m hf_nsf: there is no script and no command nowhere.py.\n"
-    assert launcher.main(["--optim", "nsf"]) == 2
-    assert capsys.readouterr().err == "python -m hf_nsf: there is no option --optim; the script comes first.\n"
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], launcher.HELP),
+        (["-m"], launcher.HELP),
+        (["nowhere.py", "--optim", "nsf"], "python -m hf_nsf: there is no script and no command nowhere.py.\n"),
+        (["--optim", "nsf"], "python -m hf_nsf: there is no option --optim; the script comes first.\n"),
+        (["--local_rank=0"], "python -m hf_nsf: there is no script after --local_rank=0.\n"),
+    ],
+)
+def test_wrong_arguments_end_with_a_message(arguments, error, capsys):
+    assert launcher.main(arguments) == 2 and capsys.readouterr().err == error
+
+
+def test_help(capsys):
+    assert launcher.main(["--help"]) == 0 and capsys.readouterr().out == launcher.HELP
+
+
+def test_python_options_that_hide_the_launcher_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "flags", types.SimpleNamespace(ignore_environment=1, no_site=0))
     assert launcher.main([SCRIPT]) == 2 and "-E, -I and -S" in capsys.readouterr().err
 
 
-# Small packages of these names: what imports what, and in which order, is as in the real ones.
-PACKAGES = {
-    "transformers/__init__.py": "",
-    "transformers/training_args.py": "print('arguments')",
-    "transformers/trainer_callback.py": "from . import training_args; print('callback'); TrainerCallback = 1",
-    "transformers/trainer.py": "from .trainer_callback import TrainerCallback; import needed; print('trainer')",
-    "hf_nsf/__init__.py": "import transformers.trainer; print('hf_nsf')",
-    "needed.py": "",
-}
-BOTH = "import transformers.training_args, transformers.trainer"
-ALL = "arguments callback trainer hf_nsf"
+def test_a_tool_that_puts_its_sitecustomize_first_and_execs_python(tmp_path):
+    """As opentelemetry-instrument does: both its sitecustomize and ours run, in either order of the commands."""
+    Path(tmp_path, "agent").mkdir()
+    Path(tmp_path, "agent", "sitecustomize.py").write_text("print('agent')")
+    Path(tmp_path, "instrument.py").write_text(
+        "import os, sys\n"
+        "os.environ['PYTHONPATH'] = os.pathsep.join(['agent', os.environ.get('PYTHONPATH', '')])\n"
+        "os.execl(sys.executable, sys.executable, *sys.argv[1:])\n"
+    )
+    code = "import sys; print('hf_nsf' in sys.modules, __import__('sitecustomize').__file__)"
+    Path(tmp_path, "probe.py").write_text(code)
+    for command in (["-m", "hf_nsf", "instrument.py", "probe.py"], ["instrument.py", "-m", "hf_nsf", "probe.py"]):
+        result = run(*command, cwd=tmp_path)
+        assert result.stdout.splitlines()[-2:] == ["agent", f"True {tmp_path}/agent/sitecustomize.py"]
 
 
-@pytest.mark.parametrize(
-    ("code", "printed", "changes", "error"),
-    [
-        ("import transformers, json; print('no trainer')", "no trainer", {}, ""),
-        ("import transformers.training_args; print('parser')", f"{ALL} parser", {}, ""),
-        ("import transformers.trainer_callback; print('parser')", f"{ALL} parser", {}, ""),
-        ("import transformers.trainer; print('parser')", f"{ALL} parser", {}, ""),
-        ("import hf_nsf; print('parser')", f"{ALL} parser", {}, ""),
-        # A package that the Trainer needs asks for the Trainer's arguments while it is half executed itself.
-        ("import needed, transformers.trainer; print('parser')", f"{ALL} parser",
-         {"needed.py": "from transformers import training_args; name = 1",
-          "transformers/trainer.py": "from . import trainer_callback; from needed import name; print('trainer')"}, ""),
-        # An environment without hf_nsf, or where it does not work.
-        (BOTH, "arguments callback trainer", {"hf_nsf/__init__.py": "raise ImportError('no hf_nsf', name='hf_nsf')"},
-         "hf_nsf is not registered in this process: no hf_nsf\n"),
-        (BOTH, "arguments callback trainer", {"hf_nsf/__init__.py": "1 / 0"},
-         "hf_nsf is not registered in this process: division by zero\n"),
-        # Another sitecustomize: it runs, under its name, and its failures are Python's to tell.
-        ("import sitecustomize, transformers.trainer; print(sitecustomize.own)", f"user {ALL} 1",
-         {"sitecustomize.py": "print('user'); own = 1"}, ""),
-        ("import transformers.trainer", f"user {ALL}", {"sitecustomize.py": "print('user'); import nowhere"},
-         "Error in sitecustomize"),
-    ],
-)  # fmt: skip
-def test_when_and_how_a_process_registers(code, printed, changes, error, tmp_path):
-    """Once, before any parser can be made; the process goes on, and its sys.path is the one without hf_nsf."""
-    for name, text in {**PACKAGES, **changes}.items():
-        Path(tmp_path, name).parent.mkdir(exist_ok=True)
-        Path(tmp_path, name).write_text(text)
-    code += f"\nimport sys; assert {SITE!r} not in sys.path and {str(tmp_path)!r} in sys.path"
-    result = run("-c", code, cwd="/", PYTHONPATH=f"{SITE}{os.pathsep}{tmp_path}")
-    assert result.stdout.split() == printed.split()
-    assert error in result.stderr and bool(error) == bool(result.stderr)
-
-
-def test_a_training_script_with_nsf_and_workers_by_spawn(tmp_path):
-    """What the script sets before its imports counts, its parser knows the name, and its status comes back."""
-    command = ["-m", "hf_nsf", SCRIPT, *SETTINGS, *NSF, "--dataloader_num_workers", "1", "--exit_status", "7"]
-    run(*command, cwd=tmp_path, status=7)
+def test_a_tool_that_trains_in_a_child_process_with_workers_by_spawn(tmp_path):
+    """The script's settings before its imports count, its parser knows the name, and its status comes back."""
+    command = ["-m", "hf_nsf", "-m", "stock_tool", "-u", SCRIPT, *SETTINGS, *NSF]
+    options = ["--dataloader_num_workers", "1", "--exit_status", "7"]
+    run(*command, *options, cwd=tmp_path, status=7, PYTHONPATH=str(SUPPORT))
     check_log(tmp_path / "out", "nsf")
-
-
-def test_a_tool_that_trains_in_a_child_process_with_lcam(tmp_path):
-    run("-m", "hf_nsf", "-m", "stock_tool", "-u", SCRIPT, *SETTINGS, *LCAM, cwd=tmp_path, PYTHONPATH=str(SUPPORT))
-    check_log(tmp_path / "out", "lcam")
 
 
 @pytest.mark.slow
