@@ -15,12 +15,16 @@ mkdir "$work/run"
 cp "$root/tests/support/stock_script.py" "$work/run"
 cd "$work/run"
 python() { "$work/venv/bin/python" "$@"; }
-settings=(stock_script.py --use_cpu --per_device_train_batch_size 4 --num_train_epochs 1 --logging_steps 1 --save_strategy no --report_to none)
+settings=(
+    stock_script.py --use_cpu --per_device_train_batch_size 4 --num_train_epochs 1
+    --logging_steps 1 --save_strategy no --report_to none
+)
 python -c "import hf_nsf; print(hf_nsf.__file__, hf_nsf.NSF, hf_nsf.LCAM)" | grep site-packages
 for optim in nsf lcam; do
     python -m hf_nsf "${settings[@]}" --output_dir "$optim" --optim "$optim"
     grep --quiet "\"${optim}_" "$optim/trainer_state.json"
 done
 python -m hf_nsf.plots nsf lcam --output runs.png
-python -m hf_nsf.compare --output_dir cmp --optims adamw_torch nsf lcam --learning_rates 1 --seeds 1 --metric train_loss -- "${settings[@]}"
+python -m hf_nsf.compare --output_dir cmp --optims adamw_torch nsf lcam --learning_rates 1 --seeds 1 \
+    --metric train_loss -- "${settings[@]}"
 test -s runs.png && test -s cmp/comparison.png && cat cmp/comparison.md
