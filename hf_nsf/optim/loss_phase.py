@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from .checks import as_float
 def phase_momentum(group: dict[str, Any], low: bool) -> float:
     """Momentum of a parameter group in the low (`low=True`) or the high loss phase.
 
-    torch's SGD leaves the buffer alone at momentum 0, so that a later step with momentum would add a stale one. Where
-    the group's other momentum is not 0, the smallest normal float stands for 0: `mu * buf + g` is then `g` exactly.
+    torch's SGD does not update the buffer at momentum 0, so a later step with momentum would add a stale one. If the
+    group's other momentum is not 0, the smallest normal float replaces 0: `mu * buf + g` is then exactly `g`.
     """
     mu, other = group["low_loss_momentum"], group["high_loss_momentum"]
     if not low:
@@ -27,22 +28,22 @@ def phase_momentum(group: dict[str, Any], low: bool) -> float:
 
 
 class LossPhase:
-    """Chooses the momentum of the next update of an :class:`hf_nsf.LCAM` from the loss of the last one.
+    """Selects the momentum of the next update of an :class:`hf_nsf.LCAM` from the loss of the last one.
 
-    `phase_t = low if L_t < A_t else high` (strict), A_t being the mean of the losses of the epoch up to and including
+    `phase_t = low if L_t < A_t else high` (strict), where A_t is the mean of the epoch's losses up to and including
     L_t; `mu_{t+1}` is that phase's momentum. With `loss_average="ema"`, which is ours, the mean is
-    `A_t = A_{t-1} + (1 - loss_ema_decay) (L_t - A_{t-1})`, `A_1 = L_1`, and runs on through epochs: in a run of one to
-    three epochs, a falling loss is below the mean of its epoch nearly always.
+    `A_t = A_{t-1} + (1 - loss_ema_decay) (L_t - A_{t-1})`, `A_1 = L_1`, and epochs do not reset it: in a run of one to
+    three epochs, a falling loss is nearly always below the mean of its epoch.
 
-    `loss_average` and `loss_ema_decay` are options of LCAM. All state stands in its parameter groups (`loss_count`,
-    `loss_mean`, `loss_phase`, `momentum`), so the optimizer's state dict holds it.
+    All state is in the optimizer's parameter groups (`loss_count`, `loss_mean`, `loss_phase`, `momentum`), and so in
+    its state dict.
 
     Args:
         optimizer: an LCAM.
-        reduce: average the loss over all ranks before deciding. All must then call `step` equally often.
+        reduce: average the loss over all ranks before deciding. All ranks must then call `step` equally often.
 
     Raises:
-        ValueError: the optimizer is no LCAM.
+        ValueError: the optimizer is not an LCAM.
     """
 
     def __init__(self, optimizer: Optimizer, reduce: bool = True) -> None:
@@ -50,9 +51,10 @@ class LossPhase:
             raise ValueError(f"LossPhase needs an LCAM optimizer, got {type(optimizer).__name__}.")
         self.optimizer = optimizer
         self.reduce = reduce
+        self._warned = False
 
     def start_epoch(self) -> None:
-        """Start the epoch's mean anew; momentum and phase stay, and so does a moving average."""
+        """Reset the epoch's mean; momentum and phase stay, and so does a moving average."""
         for group in self.optimizer.param_groups:
             if group["loss_average"] == "epoch":
                 group["loss_count"] = 0
@@ -63,47 +65,56 @@ class LossPhase:
             group.update(loss_count=0, loss_mean=0.0, loss_phase=0, momentum=phase_momentum(group, low=False))
 
     def step(self, loss: float | Tensor, skipped: bool = False) -> None:
-        """Take the loss of the update just made and set the momentum of the next one.
+        """Set the momentum of the next update from the loss of this one. Call it after the optimizer's step.
 
         Args:
             loss: the update's mean training loss on this rank, a number or a one-element tensor.
-            skipped: the update did not happen (fp16 overflow) or its loss is not comparable: it takes no part. If the
-                loss is averaged over ranks, one that skips is enough for all to take none.
+            skipped: ignore this loss: the update was skipped (fp16 overflow), or the loss is not comparable. If the
+                loss is averaged over ranks, it is ignored on all ranks as soon as one skips it.
         """
+        self._warn_of_other_writers()
+        value = math.nan if skipped else as_float("loss", loss)
         starts = self.optimizer.param_groups[0]["loss_count"] == 0
         if self.reduce:
-            value, starts = _mean_over_ranks(math.nan if skipped else as_float("loss", loss), starts)
-        else:
-            value = as_float("loss", loss)
-        if starts:  # on one rank at least: the passes of streams that ranks read for themselves differ in length
+            value, starts = _mean_over_ranks(value, starts, self._device(loss))
+        if starts:  # on at least one rank: streams that ranks read for themselves differ in length
             self.start_epoch()
-        if skipped or not math.isfinite(value):
+        if not math.isfinite(value):
             return
         for group in self.optimizer.param_groups:  # looked up each time: accelerate replaces the groups
             count = group["loss_count"] + 1
             ema = group["loss_average"] == "ema"
-            # Welford's form of the mean: rounding cannot put the mean of equal losses beside them.
+            # Welford's form: the mean of equal losses is exactly their value.
             share = 1 - group["loss_ema_decay"] if ema and count > 1 else 1 / count
             previous = group["loss_mean"] if count > 1 else value
             mean = previous + share * (value - previous)
             low = value < mean
             group.update(loss_count=count, loss_mean=mean, loss_phase=int(low), momentum=phase_momentum(group, low))
 
+    def _warn_of_other_writers(self) -> None:
+        """Warn once if the momentum is not the one of the last decision."""
+        groups = self.optimizer.param_groups
+        if self._warned or all(group["momentum"] == phase_momentum(group, group["loss_phase"]) for group in groups):
+            return
+        self._warned = True
+        warnings.warn(
+            "LCAM's momentum was changed since its last decision, and the last writer wins: OneCycleLR and CyclicLR "
+            "(unless cycle_momentum=False) and fastai's fit_one_cycle write it at every step.",
+            stacklevel=3,
+        )
 
-def _mean_over_ranks(loss: float, starts: bool) -> tuple[float, bool]:
+    def _device(self, loss: Any) -> torch.device:
+        """The parameters' device; the loss's if parameters are offloaded, as NCCL does not reduce CPU tensors."""
+        device = next(param.device for group in self.optimizer.param_groups for param in group["params"])
+        return loss.device if device.type == "cpu" and isinstance(loss, Tensor) else device
+
+
+def _mean_over_ranks(loss: float, starts: bool, device: torch.device) -> tuple[float, bool]:
     """The mean of a loss, and whether a mean of losses starts on any rank; one collective."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return loss, starts
-    from accelerate import PartialState
-    from accelerate.utils import reduce
-
-    local = torch.tensor([loss, starts], dtype=torch.float32, device=PartialState().device)
-    world_size = distributed.get_world_size()
-    if PartialState().num_processes == world_size:
-        local = reduce(local, "mean")
-    else:  # accelerate counts one process where DeepSpeed runs several on a CPU
-        distributed.all_reduce(local)
-        local /= world_size
-    value, share = local.tolist()
+    both = torch.tensor([loss, starts], dtype=torch.float32, device=device)
+    distributed.all_reduce(both)
+    value, share = (both / distributed.get_world_size()).tolist()
     return value, share > 0

@@ -24,9 +24,14 @@ def saved_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[t
 
 
 def load_state(
-    optimizer: Optimizer, state_dict: dict[str, Any], key: str, names: tuple[str, ...], load: Callable[[Any], None]
+    optimizer: Optimizer,
+    state_dict: dict[str, Any],
+    key: str,
+    names: tuple[str, ...],
+    load: Callable[[Any], None],
+    keep_dtype: bool = True,
 ) -> None:
-    """Load a state dict of the same kind of optimizer; states of low-precision parameters keep their own dtype.
+    """Load a state dict of the same kind of optimizer, after checking that it fits.
 
     The checks see what load_state_dict hooks made of the dict, and post-hooks see the restored dtypes.
 
@@ -34,8 +39,9 @@ def load_state(
         optimizer: what loads.
         state_dict: what to load.
         key: an option that stands in the groups of this kind of optimizer only.
-        names: states of the shape of their parameter, to be kept in at least float32.
+        names: states of the shape of their parameter.
         load: torch's `load_state_dict`, bound.
+        keep_dtype: keep the dtype of these states for low-precision parameters, where torch casts them.
 
     Raises:
         ValueError: the state is that of another optimizer, or of parameters of other shapes.
@@ -61,7 +67,7 @@ def load_state(
 
     def restore(optimizer: Optimizer) -> None:
         for param, state in saved_states(optimizer, seen):
-            for name in names if param.dtype in LOW_PRECISION else ():
+            for name in names if keep_dtype and param.dtype in LOW_PRECISION else ():
                 if isinstance(state.get(name), Tensor) and state[name].dtype != param.dtype:
                     value = state[name].detach().to(device=param.device, copy=True)
                     optimizer.state[param][name] = value

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PhaseCallback: what LCAM and NSF need to know of a Trainer's run, and what the run's log should know of them."""
+"""PhaseCallback: passes a Trainer's run to LCAM and NSF, and their values to its log."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from typing import Any
 
 import torch
@@ -26,212 +24,180 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 
 class PhaseCallback(TrainerCallback):
-    """Hands a Trainer's losses to :class:`hf_nsf.LossPhase` and its number of updates to :class:`hf_nsf.NSF`.
+    """Passes a Trainer's losses to :class:`hf_nsf.LossPhase` and its number of updates to :class:`hf_nsf.NSF`.
 
-    Every Trainer made after `import hf_nsf` has one; with other optimizers it does nothing. It follows the optimizer
-    that each event carries.
+    Every Trainer with one of these optimizers has a PhaseCallback; with other optimizers it does nothing. It follows
+    the optimizer that each event carries.
 
-    An update's loss is the sum of what `training_step` returned since the last update, which the Trainer logs. Many
-    models sum rather than average over an accumulation window, so only updates with the usual number of micro-batches
-    decide: `gradient_accumulation_steps`, or, while no update of the run has had so many, the most that one had.
+    An update's loss is the sum of the losses that `training_step` returned since the last update, as the Trainer logs
+    it. Many models sum rather than average over an accumulation window, so only updates with the usual number of
+    micro-batches decide: `gradient_accumulation_steps`, or, until an update of the run has had as many, the largest
+    number so far.
 
-    Adds to the Trainer's logs the values used in that step: `nsf_p`; `lcam_momentum`, `lcam_loss_phase` (the phase that
-    chose it: 1 low, 0 high) and, once there is one, `lcam_loss_mean` (the mean that decided).
+    Adds the values used in a step to the Trainer's log: `nsf_p`; `lcam_momentum`, `lcam_loss_phase` (the phase that
+    selected it: 1 low, 0 high) and, after the first decision, `lcam_loss_mean` (the mean it was made with).
     """
 
     def __init__(self) -> None:
-        self._begin()
+        self._reset()
 
-    def _begin(self, total_steps: int = 1) -> None:
-        """Forget the last run."""
+    def _reset(self, total_steps: int = 1) -> None:
         self._total_steps = total_steps
         self._optimizer: Any = None
+        self._phase: LossPhase | None = None
         self._loss: torch.Tensor | None = None
-        self._micro_batches = self._most = self._left_out = 0
+        self._micro_batches = self._largest_window = self._ignored = 0
         self._inside_epoch = self._has_mean = False
-        self._written: list[float] = []
-        self._last_seen: Any = None
+        self._last_decision: Any = None
         self._used: dict[str, float] = {}
 
     @staticmethod
-    def of(trainer: Any) -> PhaseCallback | None:
-        """The one that hears the losses of a Trainer: the last added; None if it has been removed."""
-        callbacks = trainer.callback_handler.callbacks
-        return next((callback for callback in reversed(callbacks) if isinstance(callback, PhaseCallback)), None)
+    def from_trainer(trainer: Any) -> PhaseCallback | None:
+        """The trainer's PhaseCallback (the last added), or None if its optimizer is neither LCAM nor NSF.
+
+        A missing one is added: frameworks replace the list of default callbacks. It goes first, so that trackers see
+        its values, and starts as at the events that it missed.
+        """
+        handler = trainer.callback_handler
+        found = next((each for each in reversed(handler.callbacks) if isinstance(each, PhaseCallback)), None)
+        if found is None and isinstance(unwrap_optimizer(trainer.optimizer), (LCAM, NSF)):
+            found = PhaseCallback()
+            handler.callbacks = [found, *handler.callbacks]  # a new list: the old one may be in a loop over an event
+            context = {"optimizer": trainer.optimizer, "train_dataloader": handler.train_dataloader}
+            for event in (found.on_train_begin, found.on_epoch_begin):
+                event(trainer.args, trainer.state, trainer.control, **context)
+        return found
 
     def observe(self, loss: Any) -> None:
-        """Take the loss of one micro-batch.
+        """Add the loss of one micro-batch to that of the update.
 
-        What the Trainer's own `training_step` returns comes here by itself. A subclass that replaces it without calling
-        it does this: `hf_nsf.PhaseCallback.of(self).observe(loss)`.
+        The losses of the Trainer's own `training_step` arrive here by themselves. A subclass that replaces it without
+        calling it must call `hf_nsf.PhaseCallback.from_trainer(self).observe(loss)`.
 
         Args:
             loss: a number or a one-element tensor.
         """
-        if isinstance(self._optimizer, LCAM):
+        if self._phase is not None:
             loss = torch.as_tensor(loss).detach()
-            loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # sums in bfloat16 are not what is logged
+            loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # a bfloat16 sum is not the logged loss
             self._loss = loss.clone() if self._loss is None else self._loss + loss
             self._micro_batches += 1
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse invalid `optim_args` when the Trainer is made."""
         name = str(getattr(args.optim, "value", args.optim))
-        if name in OPTIMIZERS and not parse_optim_args(name, args.optim_args, args.device):
-            args.optim_args = None  # the Trainer's own parser, which comes before our handlers, fails at blanks
+        if name in OPTIMIZERS:
+            parse_optim_args(name, args.optim_args, args.device)
+            if args.optim_args and args.optim_args.isspace():
+                args.optim_args = None  # the Trainer's own parser, which runs before our handlers, fails on blanks
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Start anew, or restore what a checkpoint does not hold."""
-        self._begin(max(state.max_steps, 1))  # with max_steps=0 a Trainer makes one update
+        """Start a new run, or restore what a checkpoint does not hold."""
+        self._reset(max(state.max_steps, 1))  # with max_steps=0 a Trainer makes one update
         ours = self._follow(optimizer)
         if not isinstance(ours, (LCAM, NSF)):
+            return
+        if state.global_step == 0:
+            if self._phase is not None:
+                self._phase.restart()
             return
         accumulation = args.gradient_accumulation_steps
         try:
             batches = len(train_dataloader)
-        except (TypeError, NotImplementedError):  # a stream, which the Trainer takes for one epoch
+        except (TypeError, NotImplementedError):  # a stream; the Trainer counts it as one epoch
             batches = self._total_steps * accumulation
+        # Like the Trainer: the checkpoint's state.epoch may be that of other batches.
         updates = max(math.ceil(batches / accumulation), 1)
-        _check_ranks(ours, state.max_steps, updates)
-        if state.global_step == 0:
-            if isinstance(ours, LCAM):
-                LossPhase(ours).restart()
-            return
-        # As the Trainer finds its place; the checkpoint's state.epoch may be that of other batches.
         self._inside_epoch = not args.ignore_data_skip and state.global_step % updates != 0
-        self._most = min(batches, accumulation)
+        self._largest_window = min(batches, accumulation)
         self._has_mean = ours.param_groups[0].get("loss_count", 0) > 0
         if not (ours.state or self._has_mean):
             logger.warning_once(
-                f"{type(ours).__name__} starts anew: the checkpoint has no optimizer state (save_only_model=True?)."
+                f"{type(ours).__name__} has no state at update {state.global_step} and starts anew (was the checkpoint "
+                "saved with save_only_model=True?)."
             )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Start the epoch's mean anew, unless a resumed run stands inside its epoch."""
-        ours = self._follow(optimizer)
-        if isinstance(ours, LCAM) and not self._inside_epoch:
-            LossPhase(ours).start_epoch()
+        """Reset the epoch's mean, unless a resumed run is inside its epoch."""
+        self._follow(optimizer)
+        if self._phase is not None and not self._inside_epoch:
+            self._phase.start_epoch()
         self._inside_epoch = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Follow an optimizer that is new, before its first loss."""
+        """Follow a replaced optimizer before its first loss."""
         self._follow(optimizer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Note what this step uses, for the log."""
+        """Record the values that this step uses."""
         ours = self._follow(optimizer)
-        if not isinstance(ours, LCAM):
-            return
-        group = ours.param_groups[0]
-        self._used = {"lcam_momentum": float(group["momentum"]), "lcam_loss_phase": group["loss_phase"]}
-        if self._has_mean:
-            self._used["lcam_loss_mean"] = group["loss_mean"]
-        if any(group["momentum"] != mu for group, mu in zip(ours.param_groups, self._written, strict=False)):
-            logger.warning_once(
-                "Something else writes LCAM's momentum between its decisions, and the last writer wins: OneCycleLR and "
-                "CyclicLR do so, unless cycle_momentum=False."
-            )
+        if self._phase is not None:
+            group = ours.param_groups[0]
+            self._used = {"lcam_momentum": float(group["momentum"]), "lcam_loss_phase": group["loss_phase"]}
+            if self._has_mean:
+                self._used["lcam_loss_mean"] = group["loss_mean"]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Decide the momentum of the next update. Runs on all ranks after each step, skipped ones included."""
         ours = self._follow(optimizer)
         if isinstance(ours, NSF):
             self._used = {"nsf_p": ours.last_p}
-        if not isinstance(ours, LCAM):
+        if self._phase is None:
             return
         group, skipped = ours.param_groups[0], bool(getattr(optimizer, "step_was_skipped", False))
         loss, micro_batches = self._take_loss()
         if loss is None:
-            seen = group["loss_count"], group["loss_mean"]
-            if seen == self._last_seen and not skipped:  # nor has a PhaseCallback that the user has added heard one
+            decision = group["loss_count"], group["loss_mean"]
+            if decision == self._last_decision and not skipped:  # nor did a second PhaseCallback receive a loss
                 logger.warning_once(
-                    "LCAM hears no loss, so its momentum stays as it is: this Trainer's training_step does not call "
-                    "transformers.Trainer's. Let it call hf_nsf.PhaseCallback.of(self).observe(loss)."
+                    "LCAM received no loss, so its momentum is not updated: this Trainer's training_step does not call "
+                    "transformers.Trainer's. Let it call hf_nsf.PhaseCallback.from_trainer(self).observe(loss)."
                 )
-            self._last_seen = seen
+            self._last_decision = decision
             return
-        self._most = max(self._most, micro_batches)
-        whole = micro_batches == min(self._most, args.gradient_accumulation_steps)
-        LossPhase(ours).step(loss, skipped=skipped or not whole)
+        self._largest_window = max(self._largest_window, micro_batches)
+        usual = micro_batches == min(self._largest_window, args.gradient_accumulation_steps)
+        self._phase.step(loss, skipped=skipped or not usual)
         self._has_mean = self._has_mean or group["loss_count"] > 0
-        self._written = [group["momentum"] for group in ours.param_groups]
-        self._left_out = 0 if whole else self._left_out + 1
-        if self._left_out == 10:
+        self._ignored = 0 if usual else self._ignored + 1
+        if self._ignored == 10:
             logger.warning_once(
-                f"LCAM's momentum stays as it is: the last 10 updates had other numbers of micro-batches (the last had "
+                f"LCAM's momentum is not updated: the last 10 updates had other numbers of micro-batches (the last had "
                 f"{micro_batches}) than gradient_accumulation_steps={args.gradient_accumulation_steps}."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop losses heard since the update: the Trainer has just dropped their gradients."""
+        """Drop losses observed since the update: the Trainer has just dropped their gradients."""
         self._take_loss()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the values used to the log of a training loss, before trackers see it."""
-        if self._used and logs is not None and "loss" in logs:
+        """Add the values used to the log of a training loss, which the Trainer logs with the learning rate."""
+        # Not by the loss's key alone: SetFit renames it.
+        if self._used and logs is not None and not {"loss", "learning_rate"}.isdisjoint(logs):
             logs.update(self._used)
             # The Trainer has already copied `logs` to its history.
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
                 state.log_history[-1].update(self._used)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the state where hf_nsf.compare asks for it: a script may save nothing, and often evaluates last."""
-        path = os.environ.get("HF_NSF_SAVE_STATE")
-        # Not the state of another Trainer that evaluates only: it has made no update.
-        if path and state.is_world_process_zero and state.global_step:
-            with open(path + ".part", "w", encoding="utf-8") as file:
-                json.dump({"log_history": state.log_history}, file, default=float)  # numpy's numbers
-            os.replace(path + ".part", path)
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let go of the optimizer, so that its memory can be freed."""
-        self._optimizer = None
-        self.on_evaluate(args, state, control)
+        """Drop the references to the optimizer."""
+        self._optimizer = self._phase = None
 
     def _follow(self, optimizer: Any) -> Any:
-        """The optimizer of an event, unwrapped; what is known of another one is forgotten."""
+        """Unwrap the optimizer of an event; reset the values of another one."""
         optimizer = unwrap_optimizer(optimizer)
         if optimizer is not self._optimizer:
-            self._optimizer, self._written, self._has_mean, self._used = optimizer, [], False, {}
-        if isinstance(optimizer, NSF):
-            for group in optimizer.param_groups:
-                group["total_steps"] = self._total_steps
+            self._optimizer, self._has_mean, self._used = optimizer, False, {}
+            self._phase = LossPhase(optimizer) if isinstance(optimizer, LCAM) else None
+            if isinstance(optimizer, NSF):
+                for options in (optimizer.defaults, *optimizer.param_groups):  # the defaults are those of later groups
+                    options["total_steps"] = self._total_steps
         return optimizer
 
     def _take_loss(self) -> tuple[torch.Tensor | None, int]:
-        """The sum of the losses heard, and their number."""
-        heard = self._loss, self._micro_batches
+        """The sum of the losses observed, and their number; both start again at 0."""
+        observed = self._loss, self._micro_batches
         self._loss, self._micro_batches = None, 0
-        return heard
-
-
-def _check_ranks(optimizer: LCAM | NSF, max_steps: int, updates: int) -> None:
-    """Stop all ranks if their optimizers differ: they would drift apart, or wait for each other.
-
-    Raises:
-        ValueError: one sentence, the same on all ranks.
-    """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return
-    mine = {"optimizer": type(optimizer).__name__, "number of updates": str(max_steps)}
-    if isinstance(optimizer, LCAM):
-        mine["updates of an epoch"] = str(updates)
-    for index, group in enumerate(optimizer.param_groups):
-        for name, value in group.items():
-            if name not in ("params", "param_names"):
-                mine[f"{name} (group {index})"] = repr(value.item() if isinstance(value, torch.Tensor) else value)
-    # Not through accelerate, which counts one process where DeepSpeed runs several on a CPU.
-    gathered: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, mine)
-    first = gathered[0]
-    for rank, other in enumerate(gathered):
-        differ = [name for name in {**first, **other} if first.get(name) != other.get(name)]
-        if differ:
-            raise ValueError(
-                f"The ranks differ in {differ[0]}: {first.get(differ[0])} on rank 0, {other.get(differ[0])} on rank "
-                f"{rank}; give all the same optim, optim_args and learning rate, and batches of equal number "
-                "(even_batches=True, or max_steps)."
-            )
+        return observed

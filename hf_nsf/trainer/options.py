@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`optim_args` as keyword arguments of the constructors, whose signatures say which keys and types there are."""
+"""Reads `optim_args` into keyword arguments; the constructors' signatures define the keys and types."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 import re
@@ -16,8 +17,8 @@ from ..optim import LCAM, NSF
 
 OPTIMIZERS: dict[str, Any] = {"lcam": LCAM, "nsf": NSF}
 
-# Arguments of the constructors that are set elsewhere, and where.
-_ELSEWHERE = {
+# Constructor arguments that are not options, and where they are set.
+_SET_ELSEWHERE = {
     "params": "the Trainer passes the model's parameters",
     "lr": "set learning_rate in TrainingArguments",
     "betas": "set adam_beta1 and adam_beta2 in TrainingArguments",
@@ -26,9 +27,8 @@ _ELSEWHERE = {
     "maximize": "the Trainer minimizes its loss",
     "total_steps": "the Trainer sets it to the number of its updates",
 }
-_NULLS = ("None", "null", "Null", "NULL")  # of Python and YAML; grafting=none is a word
-# float() would take 1_0 and the digits of other scripts too.
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_NULLS = ("None", "null", "Null", "NULL")  # Python's and YAML's; grafting=none is a word
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # float() also accepts 1_0 and other digits
 
 
 def _number(text: str) -> float:
@@ -41,7 +41,7 @@ def _flag(text: str) -> bool:
     return {"true": True, "false": False}[text.lower()]
 
 
-# How a value is read, by what the annotation of its argument contains.
+# Reader and allowed values, by a word in the argument's annotation.
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "bool": (_flag, "true or false"),
     "float": (_number, "a finite number"),
@@ -55,44 +55,49 @@ def _shown(value: Any) -> str:
 
 
 def readers_of(optim: str) -> dict[str, tuple[Callable[[str], Any], str]]:
-    """The options of "lcam" or "nsf": how each is read, and what is allowed in words."""
+    """Reader and allowed values of each option of "lcam" or "nsf"."""
     parameters = inspect.signature(OPTIMIZERS[optim]).parameters
     return {
         name: next(reader for kind, reader in _READERS.items() if kind in str(parameter.annotation))
         for name, parameter in parameters.items()
-        if name not in _ELSEWHERE
+        if name not in _SET_ELSEWHERE
     }
 
 
 def parse_optim_args(optim: str, text: str | None, device: Any = "cpu") -> dict[str, Any]:
-    """Read and check `optim_args` of one of our optimizers.
+    """Read and check `optim_args`; the last texts read are remembered.
 
     Args:
         optim: "lcam" or "nsf".
-        text: "key=value,key=value"; None or blanks for no options. A value `None` or `null` is as if absent.
-        device: of the parameters, on which some options depend.
+        text: "key=value,key=value"; None or blanks for no options. A key with the value `None` or `null` is ignored.
+        device: the parameters' device, which some options depend on.
 
     Returns:
         Keyword arguments of the optimizer.
 
     Raises:
-        ValueError: a key or value is not allowed; one sentence shows it and what is.
+        ValueError: a key or value is not allowed; the message shows it and what is allowed.
     """
+    if not isinstance(text, str | None):
+        raise ValueError(f"Invalid optim_args: {_shown(text)} is not a string; allowed is key=value,key=value.")
+    return dict(_parse(optim, text or "", str(device)))
+
+
+@functools.lru_cache(maxsize=16)
+def _parse(optim: str, text: str, device: str) -> dict[str, Any]:
     readers = readers_of(optim)
     form = f"allowed is key=value,key=value with keys {', '.join(readers)}"
-    if not isinstance(text, str | None):
-        raise ValueError(f"Invalid optim_args: {_shown(text)} is no text; {form}.")
     found: dict[str, Any] = {}
-    for item in text.split(",") if text and text.strip() else ():
+    for item in text.split(",") if text.strip() else ():
         key, _, value = (part.strip() for part in item.partition("="))
         if not item.strip():
-            raise ValueError(f"Invalid optim_args: there is a comma too many in {_shown(text)!r}; {form}.")
+            raise ValueError(f"Invalid optim_args: extra comma in {_shown(text)!r}; {form}.")
         if not key or not value:
             raise ValueError(f"Invalid optim_args: {_shown(item.strip())!r} lacks a key or a value; {form}.")
         if "=" in value:
             raise ValueError(f"Invalid optim_args: {_shown(item.strip())!r} has two =, is a comma missing? {form}.")
-        if key in _ELSEWHERE and key in inspect.signature(OPTIMIZERS[optim]).parameters:
-            raise ValueError(f"Invalid optim_args: {key}={_shown(value)} cannot be given here: {_ELSEWHERE[key]}.")
+        if key in _SET_ELSEWHERE and key in inspect.signature(OPTIMIZERS[optim]).parameters:
+            raise ValueError(f"Invalid optim_args: {key}={_shown(value)} is not allowed here: {_SET_ELSEWHERE[key]}.")
         if key not in readers:
             near = difflib.get_close_matches(key, readers, n=1, cutoff=0.0)[0]
             raise ValueError(
@@ -107,6 +112,6 @@ def parse_optim_args(optim: str, text: str | None, device: Any = "cpu") -> dict[
         except (KeyError, ValueError):
             raise ValueError(f"Invalid {key}: {key}={_shown(value)}, allowed is {allowed}.") from None
     options = {key: value for key, value in found.items() if value is not None}
-    # The constructor judges ranges and combinations, on a parameter that nobody keeps.
+    # Let the constructor check ranges and combinations, on a throwaway parameter.
     OPTIMIZERS[optim]([torch.zeros(1, device=device, requires_grad=True)], **options)
     return options

@@ -1,38 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that changes transformers; :func:`unregister` undoes it.
+"""All changes to transformers; :func:`unregister` undoes them.
 
 transformers has no public hook for an optimizer's name or for the loss of an update, so we add two members to its enum
-`OptimizerNames`, two entries to its table of handlers, one default callback, and a wrapper of `Trainer.training_step`
-that hands the loss to this callback. All are looked up when they are used: modules may have been reloaded.
+`OptimizerNames`, two entries to its table of handlers, a default callback that refuses bad options early, and a wrapper
+of `Trainer.training_step` that passes the loss to the callback. All are looked up at each call, as modules may have
+been reloaded.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
 from typing import Any
 
 import transformers
-from transformers.utils import logging
 
 from ..optim import LCAM, NSF
-from .callback import PhaseCallback, unwrap_optimizer
+from .callback import PhaseCallback
 from .names import add_names, optimizer_name, remove_names
 from .options import parse_optim_args
+from .save_state import SaveState
 
-logger = logging.get_logger(__name__)
+SAVE_STATE = "HF_NSF_SAVE_STATE"  # set by hf_nsf.compare in its runs
+
+
+def _options(context: Any, optim: str) -> dict[str, Any]:
+    args = context.args
+    options = parse_optim_args(optim, args.optim_args, args.device)
+    return {**context.optimizer_kwargs, "weight_decay": args.weight_decay, **options}
 
 
 def _lcam_handler(context: Any) -> tuple[type[LCAM], dict[str, Any]]:
-    args = context.args
-    options = parse_optim_args("lcam", args.optim_args, args.device)
-    return LCAM, {**context.optimizer_kwargs, "weight_decay": args.weight_decay, **options}
+    return LCAM, _options(context, "lcam")
 
 
 def _nsf_handler(context: Any) -> tuple[type[NSF], dict[str, Any]]:
-    args = context.args
-    options = parse_optim_args("nsf", args.optim_args, args.device)
-    return NSF, {**context.optimizer_kwargs, **context.adam_kwargs, "weight_decay": args.weight_decay, **options}
+    return NSF, {**context.adam_kwargs, **_options(context, "nsf")}
 
 
 _HANDLERS = {"lcam": _lcam_handler, "nsf": _nsf_handler}
@@ -55,40 +59,39 @@ def _tables() -> tuple[Any, list[Any], dict[Any, Any]]:
 
 
 def _without_ours(callbacks: list[Any]) -> list[Any]:
-    # By name: importlib.reload makes a second class of the same one.
-    return [callback for callback in callbacks if getattr(callback, "__name__", "") != PhaseCallback.__name__]
+    ours = {PhaseCallback.__name__, SaveState.__name__}  # by name: importlib.reload makes a second class
+    return [callback for callback in callbacks if getattr(callback, "__name__", "") not in ours]
 
 
-def _hearing(training_step: Any) -> Any:
-    """`Trainer.training_step`, handing its loss to the trainer's PhaseCallback."""
+def _report_loss(training_step: Any) -> Any:
+    """Wrap `Trainer.training_step`: add missing callbacks, and pass the loss to the PhaseCallback."""
 
     @functools.wraps(training_step)
-    def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handler = self.callback_handler
+        if os.environ.get(SAVE_STATE) and not any(isinstance(each, SaveState) for each in handler.callbacks):
+            handler.callbacks = [*handler.callbacks, SaveState()]
+        callback = PhaseCallback.from_trainer(self)  # before the step, which may need NSF's total_steps
         loss = training_step(self, *args, **kwargs)
-        callback = PhaseCallback.of(self)
         if callback is not None:
             callback.observe(loss)
-        elif isinstance(unwrap_optimizer(self.optimizer), (LCAM, NSF)):
-            logger.warning_once(
-                "This Trainer has no PhaseCallback: LCAM's momentum stays as it is, and NSF knows no total_steps. "
-                "Put it back with trainer.add_callback(hf_nsf.PhaseCallback)."
-            )
         return loss
 
-    heard._hf_nsf = heard  # type: ignore[attr-defined]  # the wrapper of another's, with functools.wraps, has it too
-    return heard
+    wrapper._hf_nsf = wrapper  # type: ignore[attr-defined]  # functools.wraps copies it to wrappers around ours
+    return wrapper
 
 
 def register() -> None:
-    """Make `optim="lcam"` and `optim="nsf"` known to transformers. Doing it again changes nothing."""
+    """Make `optim="lcam"` and `optim="nsf"` known to transformers; idempotent."""
     host, enums, handlers = _tables()
     for enum in enums:
         add_names(enum)
     for value, handler in _HANDLERS.items():
         handlers[optimizer_name(value)] = handler
-    host.DEFAULT_CALLBACKS[:] = [*_without_ours(host.DEFAULT_CALLBACKS), PhaseCallback]
+    ours = [PhaseCallback, SaveState] if os.environ.get(SAVE_STATE) else [PhaseCallback]
+    host.DEFAULT_CALLBACKS[:] = [*_without_ours(host.DEFAULT_CALLBACKS), *ours]
     if not hasattr(host.Trainer.training_step, "_hf_nsf"):
-        host.Trainer.training_step = _hearing(host.Trainer.training_step)
+        host.Trainer.training_step = _report_loss(host.Trainer.training_step)
 
 
 def unregister() -> None:
@@ -100,5 +103,5 @@ def unregister() -> None:
         remove_names(enum)
     host.DEFAULT_CALLBACKS[:] = _without_ours(host.DEFAULT_CALLBACKS)
     training_step = host.Trainer.training_step
-    if vars(training_step).get("_hf_nsf") is training_step:  # else another has wrapped ours, which then stays
+    if vars(training_step).get("_hf_nsf") is training_step:  # otherwise another wrapper is around ours
         host.Trainer.training_step = training_step.__wrapped__
