@@ -2,6 +2,7 @@
 """LCAM's decision against hand-written values, and LCAM against the authors' loop."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -123,6 +124,28 @@ def test_state_stands_in_every_group_and_goes_on_after_loading():
         for a, b in zip(first.param_groups, second.param_groups, strict=True):
             assert {k: v for k, v in a.items() if k != "params"} == {k: v for k, v in b.items() if k != "params"}
             assert a["loss_count"] >= 3
+
+
+@pytest.mark.parametrize("options", [{}, {"high_loss_momentum": 0.0}], ids=str)
+def test_other_writers_of_the_momentum_are_warned_of_once(options):
+    """Decisions, loaded states and new groups are no other writers."""
+    optimizer = lcam(**options)
+    phase = LossPhase(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for loss in (2.0, 1.0, 1.5):
+            phase.step(loss)
+        optimizer.load_state_dict(lcam(**options).state_dict())
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "low_loss_momentum": 0.5})
+        phase.step(1.0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.param_groups[1]["momentum"] = 0.123
+            phase.step(1.0)
+    (warning,) = seen
+    assert "LCAM's momentum was changed since its last decision" in str(warning.message)
+    assert warning.filename == __file__
 
 
 @pytest.mark.parametrize("loss", [True, "1", None, torch.ones(2), torch.ones((), device="meta"), 10**400], ids=repr)

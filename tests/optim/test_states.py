@@ -11,13 +11,17 @@ from torch import nn
 
 from hf_nsf import LCAM, NSF, LossPhase
 
-CASES = [("lcam", path) for path in PATHS]
-CASES += [pytest.param("nsf", path, marks=needs_numba if path == "fused" else ()) for path in PATHS]
+NSF_CASES = [pytest.param("nsf", path, marks=needs_numba if path == "fused" else ()) for path in PATHS]
+CASES = [*(("lcam", path) for path in PATHS), *NSF_CASES]
 MOMENTS = {"nsf": ("exp_avg", "exp_avg_sq"), "lcam": ("momentum_buffer",)}
 
 
 def parameters(dtype=torch.float32):
     return make_parameters(dtype, gaps=False)
+
+
+def copied(params):
+    return [nn.Parameter(q.detach().clone()) for q in params]
 
 
 def started(name, params, steps=3, **options):
@@ -26,8 +30,15 @@ def started(name, params, steps=3, **options):
     return optimizer
 
 
+def loaded(name, params, state):
+    optimizer = MAKERS[name](params)
+    optimizer.load_state_dict(copy.deepcopy(state))
+    return optimizer
+
+
 @pytest.mark.parametrize(("name", "path"), CASES)
-def test_a_saved_copied_or_pickled_optimizer_goes_on_exactly(name, path, tmp_path):
+def test_a_saved_copied_or_pickled_optimizer_continues_exactly(name, path, tmp_path):
+    """Moments have NSF's float32 or, as in torch's SGD, the parameters' dtype."""
     for dtype in (torch.float32, torch.bfloat16) if (name, path) != ("lcam", "fused") else (torch.float32,):
         whole = parameters(dtype)
         started(name, whole, 12, **PATHS[path])
@@ -44,8 +55,8 @@ def test_a_saved_copied_or_pickled_optimizer_goes_on_exactly(name, path, tmp_pat
                 params = second.param_groups[0]["params"]
             drive(second, params, 12, skip=6)
             assert identical(whole, params), (dtype, how)
-            for q in params:
-                assert all(second.state[q][moment].dtype == torch.float32 for moment in MOMENTS[name])
+            expected = torch.float32 if name == "nsf" else dtype
+            assert all(second.state[q][moment].dtype == expected for q in params for moment in MOMENTS[name])
 
 
 def test_the_state_of_another_optimizer_is_refused():
@@ -63,14 +74,13 @@ def test_the_state_of_another_optimizer_is_refused():
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_states_of_another_shape_are_refused(name):
-    """A larger vocabulary, for one; and no state, however it came there, writes outside of its memory."""
+    """A larger vocabulary, for example. NSF never writes outside such a state, however it was set."""
     small, large = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(40))
     optimizer = MAKERS[name]([large])
-    moment = MOMENTS[name][0]
-    with pytest.raises(ValueError, match=rf"{moment} of shape \(5,\) for a parameter of shape \(40,\)"):
+    with pytest.raises(ValueError, match=rf"{MOMENTS[name][0]} of shape \(5,\) for a parameter of shape \(40,\)"):
         optimizer.load_state_dict(started(name, [small]).state_dict())
     assert not optimizer.state
-    for path in PATHS if name == "lcam" else ("default", "foreach", "reference"):
+    for path in ("default", "foreach", "reference") if name == "nsf" else ():
         around = torch.zeros(60)
         optimizer = MAKERS[name]([large], **PATHS[path])
         optimizer.state[large].update({"step": torch.zeros(()), **dict.fromkeys(MOMENTS[name], around[:5])})
@@ -82,7 +92,7 @@ def test_states_of_another_shape_are_refused(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nsf_starts_anew_where_a_state_is_empty_or_incomplete(dtype):
-    """Also where a wrapper, as schedule_free's, has put states of its own before the first step."""
+    """A wrapper such as schedule_free's may have put states of its own there before the first step."""
     for left in ((), ("step",), ("exp_avg", "exp_avg_sq"), ("step", "exp_avg")):
         params = parameters(dtype)
         state = copy.deepcopy(started("nsf", params).state_dict())
@@ -91,33 +101,48 @@ def test_nsf_starts_anew_where_a_state_is_empty_or_incomplete(dtype):
         del kept["state"][0]  # as of a parameter that had no gradient yet
         results = []
         for each in (state, kept):
-            ours = [nn.Parameter(q.detach().clone()) for q in params]
-            optimizer = MAKERS["nsf"](ours)
-            optimizer.load_state_dict(each)
-            drive(optimizer, ours, 2)
-            results.append(ours)
-            assert [int(optimizer.state[q]["step"]) for q in ours[:2]] == [2, 5]
+            results.append(copied(params))
+            optimizer = loaded("nsf", results[-1], each)
+            drive(optimizer, results[-1], 2)
+            assert [int(optimizer.state[q]["step"]) for q in results[-1][:2]] == [2, 5]
         assert identical(*results)
 
 
-@pytest.mark.parametrize("kind", [int, float, torch.int64, torch.float64, "one element"])
+COUNTERS = {
+    "int": lambda step: int(step), "float": lambda step: float(step), "int64": lambda step: step.long(),
+    "float64": lambda step: step.double(), "one element": lambda step: step.reshape(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COUNTERS)
 def test_counters_of_any_kind_are_loaded(kind):
     params = parameters()
     optimizer = started("nsf", params)
     state = copy.deepcopy(optimizer.state_dict())
     for values in state["state"].values():
-        step = values["step"]
-        values["step"] = step.reshape(1) if kind == "one element" else kind(step) if callable(kind) else step.to(kind)
-    other = [nn.Parameter(q.detach().clone()) for q in params]
-    loaded = MAKERS["nsf"](other)
-    loaded.load_state_dict(state)
+        values["step"] = COUNTERS[kind](values["step"])
+    other = copied(params)
+    again = loaded("nsf", other, state)
     drive(optimizer, params, 2)
-    drive(loaded, other, 2)
-    assert identical(params, other) and {s["step"].item() for s in loaded.state.values()} == {5.0}
+    drive(again, other, 2)
+    assert identical(params, other) and {s["step"].item() for s in again.state.values()} == {5.0}
+
+
+def test_options_that_a_state_lacks_are_the_constructors():
+    """As in states saved by a version without them."""
+    options = ("nesterov", "maximize", "foreach", "loss_average", "loss_ema_decay", "loss_count", "loss_mean")
+    params = parameters()
+    state = copy.deepcopy(started("lcam", params).state_dict())
+    for option in options:
+        del state["param_groups"][0][option]
+    optimizer = loaded("lcam", params, state)
+    assert all(optimizer.param_groups[0][option] == optimizer.defaults[option] for option in options)
+    drive(optimizer, params, 1)
+    LossPhase(optimizer).step(1.0)
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_hooks_of_load_state_dict_are_heard(name):
+def test_load_state_dict_hooks_take_part(name):
     """A pre-hook may repair shapes and change moments; a post-hook sees the moments as they will be."""
     params = parameters(torch.bfloat16)
     state = copy.deepcopy(started(name, params).state_dict())
@@ -131,7 +156,7 @@ def test_hooks_of_load_state_dict_are_heard(name):
             state_dict["state"][index][moment] = state_dict["state"][index][moment].view(q.shape) + 1 / 1024
         return state_dict
 
-    other = [nn.Parameter(q.detach().clone()) for q in params]
+    other = copied(params)
     optimizer = MAKERS[name](other)
     optimizer.register_load_state_dict_pre_hook(repair)
     optimizer.register_load_state_dict_post_hook(
@@ -141,49 +166,42 @@ def test_hooks_of_load_state_dict_are_heard(name):
     expected = [
         values[moment].view(q.shape) + 1 / 1024 for q, values in zip(params, state["state"].values(), strict=True)
     ]
-    assert identical(seen, expected) and all(each.dtype == torch.float32 for each in seen)
+    assert identical(seen, expected) and {each.dtype for each in seen} == {each.dtype for each in expected}
     assert identical([optimizer.state[q][moment] for q in other], expected)
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_entries_of_others_in_the_state_are_carried(name):
+def test_foreign_entries_in_the_state_are_kept(name):
     params = parameters()
     optimizer = started(name, params)
     optimizer.state["of others"] = 5
-    other = MAKERS[name](params)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other = loaded(name, params, optimizer.state_dict())
     assert other.state["of others"] == 5
     drive(pickle.loads(pickle.dumps(other)), params, 1)
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_moments_loaded_in_the_dtype_of_parameters_go_on_in_float32(name):
-    """As torch's own optimizers, and casts of whole checkpoints, leave them."""
+def test_moments_of_another_dtype_are_loaded(name):
+    """NSF's continue in float32, those of torch's optimizers and of cast checkpoints too; LCAM's as in torch's SGD."""
     params = parameters(torch.bfloat16)
     state = copy.deepcopy(started(name, params).state_dict())
-    for values in state["state"].values():
-        values.update({moment: values[moment].bfloat16() for moment in MOMENTS[name]})
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         for values in state["state"].values():
             values.update({moment: values[moment].to(dtype) for moment in MOMENTS[name]})
-        ours = [nn.Parameter(q.detach().clone()) for q in params]
-        optimizer = MAKERS[name](ours)
-        optimizer.load_state_dict(copy.deepcopy(state))
-        drive(optimizer, ours, 3)
-        assert all(optimizer.state[q][moment].dtype == torch.float32 for q in ours for moment in MOMENTS[name])
-        results.append(ours)
+        results.append(copied(params))
+        optimizer = loaded(name, results[-1], state)
+        drive(optimizer, results[-1], 3)
+        expected = torch.float32 if name == "nsf" else torch.bfloat16
+        assert all(optimizer.state[q][moment].dtype == expected for q in results[-1] for moment in MOMENTS[name])
     assert identical(*results)
 
 
-@pytest.mark.parametrize(("name", "path"), CASES)
+@pytest.mark.parametrize(("name", "path"), NSF_CASES)
 def test_a_model_may_change_its_dtype_between_steps(name, path):
     """`model.to(dtype)` changes the parameters' data in place, under their states."""
-    dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float32]
-    if path == "fused":
-        dtypes = [torch.float32] * 2 if name == "lcam" else dtypes
-    else:
-        dtypes += [torch.float64, torch.float32]
+    dtypes = [torch.bfloat16, torch.float32]
+    dtypes += [torch.bfloat16] if path == "fused" else [torch.float16, torch.float32, torch.float64, torch.float32]
     params, exact = parameters(), parameters(torch.float64)
     optimizer, reference = MAKERS[name](params, **PATHS[path]), MAKERS[name](exact, foreach=False)
     for index, dtype in enumerate(dtypes):
@@ -198,35 +216,31 @@ def test_a_model_may_change_its_dtype_between_steps(name, path):
             torch.testing.assert_close(q.detach().double(), e.detach(), rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
-def test_nothing_follows_the_default_device():
-    for name in MAKERS:
-        for dtype in (torch.float32, torch.bfloat16):
-            params, plain = parameters(dtype), parameters(dtype)
-            optimizer, reference = MAKERS[name](params), MAKERS[name](plain)
-            for index, device in enumerate(("cpu", "meta", "meta")):
-                for of, some in ((reference, plain), (optimizer, params)):
-                    for q, value in zip(some, parameters(dtype), strict=True):
-                        q.grad = value.detach() * (index + 1)
-                    with torch.device(device if of is optimizer else "cpu"):
-                        of.step()
-            assert identical(params, plain)
-            tensors = [value for state in optimizer.state.values() for value in state.values()]
-            assert all(value.device.type == "cpu" for value in tensors)
-            with torch.device("meta"):
-                loaded = MAKERS[name](params)
-                loaded.load_state_dict(optimizer.state_dict())
-                if name == "lcam":
-                    LossPhase(loaded).step(1.0)
-            assert all(value.device.type == "cpu" for state in loaded.state.values() for value in state.values())
+@pytest.mark.parametrize("name", MAKERS)
+def test_nothing_follows_the_default_device(name):
+    for dtype in (torch.float32, torch.bfloat16):
+        params, plain = parameters(dtype), parameters(dtype)
+        optimizer, reference = MAKERS[name](params), MAKERS[name](plain)
+        for index, device in enumerate(("cpu", "meta", "meta")):
+            for of, some in ((reference, plain), (optimizer, params)):
+                for q, value in zip(some, parameters(dtype), strict=True):
+                    q.grad = value.detach() * (index + 1)
+                with torch.device(device if of is optimizer else "cpu"):
+                    of.step()
+        assert identical(params, plain)
+        with torch.device("meta"):
+            again = loaded(name, params, optimizer.state_dict())
+            if name == "lcam":
+                LossPhase(again).step(1.0)
+        for each in (optimizer, again):
+            assert all(value.device.type == "cpu" for state in each.state.values() for value in state.values())
 
 
-@pytest.mark.parametrize(("name", "path"), CASES)
+@pytest.mark.parametrize(("name", "path"), NSF_CASES)
 def test_autograd_sees_that_parameters_have_changed(name, path):
     """A second backward() through the old weights raises; torch's fused kernels alone would let it pass."""
-    dtypes = [torch.float32] if (name, path) == ("lcam", "fused") else [torch.float32, torch.bfloat16]
-    options = [{}] if name == "lcam" else [{"p": 0.5}, {"p": 0.1}, {"p": 0.1, "grafting": "none"}]
-    for dtype in dtypes:
-        for each in options:
+    for dtype in (torch.float32, torch.bfloat16):
+        for each in ({"p": 0.5}, {"p": 0.1}, {"p": 0.1, "grafting": "none"}):
             for size in (10, 200_000):
                 q = nn.Parameter(torch.ones(size, dtype=dtype))
                 loss = (q * q).sum()
@@ -236,8 +250,8 @@ def test_autograd_sees_that_parameters_have_changed(name, path):
                     loss.backward()
 
 
-def test_both_leave_options_of_schedulers_alone():
-    """CosineAnnealingLR writes lr, OneCycleLR also momentum or betas: the last writer wins, and steps follow."""
+def test_schedulers_own_the_options_they_write():
+    """OneCycleLR writes lr and momentum or betas: the last writer wins, and steps follow."""
     for cls, group in ((NSF, "betas"), (LCAM, "momentum")):
         params = parameters()
         optimizer = cls(params, lr=0.1)
