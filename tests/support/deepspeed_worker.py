@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_run import Averaging, Rows, arguments
+from tiny_run import SETTINGS
+from trainer_runs import Averages, Rows, arguments
 from transformers import Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -33,12 +34,12 @@ def train(optimizer: str, stage: int, folder: Path, offload: str, resume: str | 
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
+    changes = {"max_grad_norm": 0.0, "ddp_backend": None, "use_cpu": False, "save_strategy": "steps"}
     args = arguments(
-        folder, optimizer, deepspeed=config, max_grad_norm=0.0, ddp_backend=None, use_cpu=False,
-        save_strategy="steps", save_steps=SAVED_AT,
+        folder, optimizer, **{**SETTINGS, **changes}, deepspeed=config, save_steps=SAVED_AT,
     )  # fmt: skip
     set_seed(3)
-    trainer = Trainer(model=Averaging(), args=args, train_dataset=Rows())
+    trainer = Trainer(model=Averages(), args=args, train_dataset=Rows(96))
     trainer.train(resume_from_checkpoint=resume)
     partitions = [q.detach().double() for group in trainer.optimizer.param_groups for q in group["params"]]
     return {

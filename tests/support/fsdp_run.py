@@ -17,9 +17,11 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from forks import fork
-from tiny_run import LOGGED, arguments
+from tiny_run import SETTINGS
 from torch.distributed.checkpoint import CheckpointException
 from torch.utils.data import Dataset
+from trainer_runs import arguments
+from trainer_runs import held as held_whole
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
 
 # 37 and 9 rows are not shared out evenly, and the norms' 12 are.
@@ -46,7 +48,7 @@ def make_trainer(folder, optimizer, state_dict="SHARDED_STATE_DICT", dtype="floa
     config = LlamaConfig(**SHAPE, max_position_embeddings=16, use_cache=False, tie_word_embeddings=False)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         changes.update(fsdp=True, fsdp_config={"version": 2, "state_dict_type": state_dict})
-    args = arguments(folder, optimizer, **changes)
+    args = arguments(folder, optimizer, **{**SETTINGS, **changes})
     if args.fsdp:
         # On a CPU accelerate passes over FSDP without a word, unless it believes in a device for each process.
         AcceleratorState._reset_state()
@@ -63,17 +65,9 @@ def whole(value):
 
 
 def held(trainer):
-    """Everything that must be the same: whole weights and moments, groups, logged values."""
-    optimizer = trainer.optimizer.optimizer
-    state = optimizer.state_dict()
-    logs = [{k: e[k] for k in LOGGED if k in e} for e in trainer.state.log_history if "loss" in e]
-    return {
-        "weights": {name: whole(value.detach()).clone() for name, value in trainer.model.state_dict().items()},
-        "state": whole(state["state"]),
-        "groups": state["param_groups"],
-        "logs": logs,
-        "sharded": sum(hasattr(q, "full_tensor") for group in optimizer.param_groups for q in group["params"]),
-    }
+    """All that must be equal after a resume, with whole weights and moments, and the number of sharded parameters."""
+    params = [q for group in trainer.optimizer.optimizer.param_groups for q in group["params"]]
+    return {**whole(held_whole(trainer)), "sharded": sum(hasattr(q, "full_tensor") for q in params)}
 
 
 class Groups(TrainerCallback):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny Trainer runs that write down what happened, and LCAM's rule applied to it by a loop of the tests' own."""
+"""Tiny Trainer runs that record their events, and LCAM's rule applied to these by a loop of the tests' own."""
 
 import atexit
 import gc
+import os
 
 import torch
 from torch import nn
@@ -20,7 +21,9 @@ OPTIMIZERS = {
     "lcam": {"optim": "lcam", "optim_args": f"low_loss_momentum={LOW},high_loss_momentum={HIGH}", "learning_rate": 0.1},
     "nsf": {"optim": "nsf", "optim_args": "p_min=-0.25,p_max=0.5,cycles=2", "learning_rate": 1e-2},
     "adamw": {"optim": "adamw_torch", "learning_rate": 1e-2},
+    "sgd": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05},
 }
+LOGGED = ("loss", "step", "learning_rate", "nsf_p", "lcam_momentum", "lcam_loss_phase", "lcam_loss_mean")
 
 
 def make_rows(size=44, seed=0):
@@ -44,7 +47,7 @@ class Rows(Dataset):
 
 
 class Stream(IterableDataset):
-    """A stream that passes over its rows, `passes` times a pass of the Trainer's."""
+    """A stream without a length, of `passes` passes over its rows."""
 
     def __init__(self, size=44, passes=1):
         self.rows, self.passes = make_rows(size), passes
@@ -55,14 +58,14 @@ class Stream(IterableDataset):
 
 
 class WrongLength(Stream):
-    """A stream that says a number of rows that is not its own."""
+    """A stream that reports a wrong number of rows."""
 
-    def __init__(self, said, size=44):
+    def __init__(self, length, size=44):
         super().__init__(size)
-        self.said = said
+        self.length = length
 
     def __len__(self):
-        return self.said
+        return self.length
 
 
 class Averages(nn.Module):
@@ -91,12 +94,12 @@ class Counts(Averages):
     def forward(self, x, labels=None, num_items_in_batch=None, **kwargs):
         outputs = super().forward(x, labels)
         if num_items_in_batch is not None:
-            outputs["loss"] = outputs["loss"] * len(labels) / num_items_in_batch
+            outputs["loss"] = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
         return outputs
 
 
 class Watch(TrainerCallback):
-    """Writes what the optimizer is told and does into `trainer.events`."""
+    """Records epochs, momenta and updates in `trainer.events`."""
 
     def __init__(self):
         self.trainer = None
@@ -120,7 +123,7 @@ class Watch(TrainerCallback):
 
 
 class Watched(Trainer):
-    """A Trainer whose `events` are the losses of micro-batches, the beginnings of epochs, and the updates."""
+    """A Trainer whose `events` are the losses of micro-batches, the starts of epochs, momenta and updates."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -139,8 +142,10 @@ def arguments(folder, optimizer="lcam", **changes):
         "output_dir": str(folder), "num_train_epochs": 3, "per_device_train_batch_size": 4, "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 5,
         "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "dataloader_pin_memory": False,
-        **OPTIMIZERS[optimizer],
+        **OPTIMIZERS.get(optimizer, {}),
     }  # fmt: skip
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        values["ddp_backend"] = "gloo"
     return TrainingArguments(**{**values, **changes})
 
 
@@ -208,3 +213,27 @@ def check_rule(trainer, **state):
 
 def train_logs(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def held(trainer):
+    """All that must be equal after a resume: weights, moments, groups, logged values."""
+    optimizer = trainer.optimizer.optimizer.state_dict()
+    return {
+        "weights": {name: value.detach().clone() for name, value in trainer.model.state_dict().items()},
+        "state": optimizer["state"],
+        "groups": optimizer["param_groups"],
+        "logs": [{key: entry[key] for key in LOGGED if key in entry} for entry in train_logs(trainer)],
+    }
+
+
+def same(a, b):
+    """Whether all is equal bit for bit, through dicts and lists; NaN equals NaN."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a.view(-1).isnan(), b.view(-1).isnan()) and (
+            torch.equal(a.nan_to_num(), b.nan_to_num())
+        )  # fmt: skip
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)

@@ -86,7 +86,7 @@ class HandsOver(OwnStep):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        hf_nsf.PhaseCallback.of(self).observe(loss)
+        hf_nsf.PhaseCallback.from_trainer(self).observe(loss)
         return loss
 
 
@@ -210,13 +210,13 @@ def test_a_second_callback_counts_no_loss_twice(optimizer, tmp_path, told):
         keys = ("loss", "nsf_p", "lcam_momentum", "lcam_loss_mean")
         found.append([{key: entry.get(key) for key in keys} for entry in train_logs(trainer)])
     assert found[0] == found[1] == found[2] and len(found[0]) == 11 and not told
-    assert callbacks[-1] is hf_nsf.PhaseCallback.of(trainer) and callbacks[-1].count == 11
+    assert callbacks[-1] is hf_nsf.PhaseCallback.from_trainer(trainer) and callbacks[-1].count == 11
 
 
 def test_a_training_step_without_its_parents_is_told_once_what_to_do(tmp_path, told):
     trainer = make_trainer(tmp_path, cls=OwnStep, num_train_epochs=1)
     trainer.train()
-    assert len(told) == 1 and "PhaseCallback.of(self).observe(loss)" in told[0]
+    assert len(told) == 1 and "PhaseCallback.from_trainer(self).observe(loss)" in told[0]
     assert {entry["lcam_momentum"] for entry in train_logs(trainer)} == {HIGH}
 
 
