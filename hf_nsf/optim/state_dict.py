@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 
 from .kahan import LOW_PRECISION
 
+# Options of one optimizer or another: from a full checkpoint FSDP2 adds those of the optimizer that saved it to ours.
+_OPTIONS = {"grafting", "low_loss_momentum", "betas", "amsgrad", "dampening"}
+
 
 def saved_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Pairs of a parameter and its entry in a state dict of the same groups."""
@@ -51,9 +54,10 @@ def load_state(
     def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
         seen.update(state_dict)
         kind = type(optimizer).__name__
-        if any(key not in group for group in state_dict["param_groups"]):
+        others = _OPTIONS - optimizer.defaults.keys()
+        if any(key not in group or others & group.keys() for group in state_dict["param_groups"]):
             raise ValueError(
-                f"Invalid state for {kind}: it was saved by another optimizer, as its groups have no {key}; resume "
+                f"Invalid state for {kind}: it was saved by another optimizer, by the options in its groups; resume "
                 f"with the optimizer that saved it, or start {kind} anew from the saved weights."
             )
         for param, state in saved_states(optimizer, state_dict):

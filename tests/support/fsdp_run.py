@@ -97,7 +97,7 @@ class Said(logging.Handler):
 
 def run_job(job, folder):
     """Make one training; return what this rank holds."""
-    job = dict(job)
+    job = {key: value for key, value in job.items() if key != "fails_on_one_rank"}
     name, optimizer, resume = job.pop("name"), job.pop("optimizer"), job.pop("resume", None)
     job.setdefault("per_device_train_batch_size", 8 // int(os.environ.get("WORLD_SIZE", 1)))
     groups, said = Groups(), Said()
@@ -112,10 +112,13 @@ def run_job(job, folder):
 
 
 def run_jobs(jobs, target):
-    """What each rank does."""
+    """All jobs of a launch, in each rank. A rank whose last job fails ends at once, and fork() ends the others."""
     torch.set_num_threads(1)
     for each in jobs:
-        torch.save(run_job(each, target), Path(target, f"{each['name']}-{os.environ.get('RANK', 0)}.pt"))
+        result = run_job(each, target)
+        torch.save(result, Path(target, f"{each['name']}-{os.environ.get('RANK', 0)}.pt"))
+        if each.get("fails_on_one_rank"):
+            os._exit(1)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -125,4 +128,8 @@ if __name__ == "__main__":
     plan, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for number, launch in enumerate(plan):
         (folder / str(number)).mkdir()
-        fork(launch["processes"], run_jobs, launch["jobs"], folder / str(number))
+        try:
+            fork(launch["processes"], run_jobs, launch["jobs"], folder / str(number))
+        except SystemExit:
+            if not launch["jobs"][-1].get("fails_on_one_rank"):
+                raise

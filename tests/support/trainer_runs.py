@@ -94,7 +94,9 @@ class Counts(Averages):
     def forward(self, x, labels=None, num_items_in_batch=None, **kwargs):
         outputs = super().forward(x, labels)
         if num_items_in_batch is not None:
-            outputs["loss"] = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+            outputs["loss"] = (
+                nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+            )
         return outputs
 
 
