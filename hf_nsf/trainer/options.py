@@ -80,7 +80,7 @@ def parse_optim_args(optim: str, text: str | None, device: Any = "cpu") -> dict[
     """
     if not isinstance(text, str | None):
         raise ValueError(f"Invalid optim_args: {_shown(text)} is not a string; allowed is key=value,key=value.")
-    return dict(_parse(optim, text or "", str(device)))
+    return dict(_parse(optim, (text or "").strip(), str(device)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -88,7 +88,7 @@ def _parse(optim: str, text: str, device: str) -> dict[str, Any]:
     readers = readers_of(optim)
     form = f"allowed is key=value,key=value with keys {', '.join(readers)}"
     found: dict[str, Any] = {}
-    for item in text.split(",") if text.strip() else ():
+    for item in text.split(",") if text else ():
         key, _, value = (part.strip() for part in item.partition("="))
         if not item.strip():
             raise ValueError(f"Invalid optim_args: extra comma in {_shown(text)!r}; {form}.")
