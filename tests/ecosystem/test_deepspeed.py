@@ -2,7 +2,7 @@
 """Stock Trainer under DeepSpeed's CPU accelerator, ZeRO 1, 2 and 3, with checkpoints and offload, two processes.
 
 accelerate takes these processes for single ones and gives both the same batches, so this shows that DeepSpeed's engine
-and its partitioned optimizers drive ours rightly, not that data are shared out.
+and its partitioned optimizers drive ours correctly, not that data are distributed.
 """
 
 import json

@@ -29,7 +29,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_nsf
 
-# The default run takes deprecations for errors; here they are other libraries'.
+# Deprecations are errors in the default run; here they are other libraries'.
 pytestmark = [pytest.mark.ecosystem, pytest.mark.filterwarnings("ignore")]
 
 NUMBERS = "zero one two three four five six seven eight nine ten eleven".split()
@@ -93,13 +93,13 @@ def llama(cls=LlamaForCausalLM, **changes):
 
 
 def saved_llama(folder):
-    """One that has a folder, from which DPO and KTO load their reference model."""
+    """A Llama with a folder, from which DPO and KTO load their reference model."""
     llama().save_pretrained(folder / "llama")
     return LlamaForCausalLM.from_pretrained(folder / "llama")
 
 
 def check(trainer, optimizer, updates):
-    """p is its schedule's, or every momentum follows from the losses by METHOD's rule; the log has what was used."""
+    """p follows its schedule, or every momentum follows from the losses; the log has the values used."""
     assert isinstance(trainer.optimizer.optimizer, getattr(hf_nsf, optimizer.upper()))
     logs = train_logs(trainer)
     assert len(logs) == updates
@@ -250,7 +250,7 @@ def test_sentence_transformers(optimizer, windows, updates, tmp_path):
 
 @OURS
 def test_setfit(optimizer, tmp_path):
-    """SetFit's arguments have no optim: the Trainer inside it takes the name."""
+    """SetFit's arguments have no optim, so its inner Trainer gets the name. It logs `embedding_loss`."""
     setfit = pytest.importorskip("setfit")
     texts, labels = preferences(8), [1] * 8 + [0] * 8
     texts = texts["chosen"] + texts["rejected"]
@@ -266,16 +266,16 @@ def test_setfit(optimizer, tmp_path):
     watch.trainer = trainer
     trainer.add_callback(watch)
     outer.train_embeddings(texts, labels, args=args)
-    losses = [entry["embedding_loss"] for entry in trainer.state.log_history if "embedding_loss" in entry]
-    assert len(losses) == 24
+    logs = [entry for entry in trainer.state.log_history if "embedding_loss" in entry]
+    assert len(logs) == 24
     if optimizer == "nsf":
-        (expected,) = hf_nsf.p_schedule([23], p_min=-0.25, p_max=0.5, cycles=2, total_steps=24)
-        assert trainer.optimizer.optimizer.last_p == expected
+        expected = hf_nsf.p_schedule(range(24), p_min=-0.25, p_max=0.5, cycles=2, total_steps=24)
+        assert [entry["nsf_p"] for entry in logs] == expected
         return
-    heard = iter(losses)
+    losses = iter(logs)
     events = []
     for kind, value in trainer.events:
-        events += [("loss", torch.tensor(next(heard)))] if kind == "momentum" else []
+        events += [("loss", torch.tensor(next(losses)["embedding_loss"]))] if kind == "momentum" else []
         events.append((kind, value))
     expected, _ = by_the_rule(events)
-    assert used(events) == expected and set(expected) == {LOW, HIGH}
+    assert used(events) == [entry["lcam_momentum"] for entry in logs] == expected and set(expected) == {LOW, HIGH}

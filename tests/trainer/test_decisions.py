@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which losses decide: the momentum of every update is the one that a loop of the tests' own makes of the losses."""
+"""Which losses decide: the momentum of every update equals that of the tests' own loop over the losses."""
 
 import collections
 import copy
@@ -65,7 +65,7 @@ class Sets(TrainerCallback):
 ACCUMULATE = {"gradient_accumulation_steps": 4}
 STREAM = {"max_steps": 40, "gradient_accumulation_steps": 2}
 EMA = {"optim_args": f"low_loss_momentum={LOW},high_loss_momentum={HIGH},loss_average=ema,loss_ema_decay=0.75"}
-# A name, what the run is made of, the callbacks, and how many updates have which number of micro-batches.
+# Name, changes of the run, callbacks, and the number of updates by their number of micro-batches.
 CASES = [
     ("no accumulation", {}, [], {1: 33}),
     ("a short last window, averaged", ACCUMULATE, [], {4: 6, 3: 3}),
@@ -77,8 +77,8 @@ CASES = [
     ("a stream that does not divide", {**STREAM, "data": Stream()}, [], {2: 33, 3: 7}),
     ("a stream, summed", {**STREAM, "data": Stream(), "model": Sums}, [], {2: 33, 3: 7}),
     ("a stream without an end", {**STREAM, "data": Stream(passes=99)}, [], {2: 40}),
-    ("a stream that says too much", {**STREAM, "data": WrongLength(100)}, [], {2: 17, 3: 3}),
-    ("a stream that says too little", {**STREAM, "data": WrongLength(28)}, [], {2: 30, 1: 10}),
+    ("a stream that reports too many rows", {**STREAM, "data": WrongLength(100)}, [], {2: 17, 3: 3}),
+    ("a stream that reports too few rows", {**STREAM, "data": WrongLength(28)}, [], {2: 30, 1: 10}),
     ("epochs stopped in a window", {"gradient_accumulation_steps": 2}, [StopsEpoch], {2: 7, 3: 2}),
     ("one step more after an update", {"num_train_epochs": 2}, [lambda: AsksOnceMore("on_step_end")], {1: 17, 2: 5}),
     ("one step more before an update", {}, [lambda: AsksOnceMore("on_pre_optimizer_step")], {1: 25, 2: 8}),
@@ -89,7 +89,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("run", "callbacks", "expected"), [case[1:] for case in CASES], ids=[c[0] for c in CASES])
-def test_every_momentum_is_the_rules(run, callbacks, expected, tmp_path):
+def test_every_momentum_follows_the_rule(run, callbacks, expected, tmp_path):
     trainer = make_trainer(tmp_path, **run)
     for make in callbacks:
         callback = make()
@@ -102,7 +102,7 @@ def test_every_momentum_is_the_rules(run, callbacks, expected, tmp_path):
 
 
 def test_losses_of_micro_batches_are_added_in_float32(tmp_path):
-    """What decides is what is logged, though each micro-batch's loss is in bfloat16."""
+    """The loss used is the loss logged, though each micro-batch's loss is in bfloat16."""
     trainer = make_trainer(tmp_path, model=lambda dropout: Sums().bfloat16(), num_train_epochs=4, **ACCUMULATE)
     trainer.train()
     assert {loss.dtype for kind, loss in trainer.events if kind == "loss"} == {torch.bfloat16}
@@ -143,7 +143,7 @@ class ContainsARun(TrainerCallback):
             self.copy.train()
 
 
-def test_a_deep_copy_of_the_running_trainer_is_a_run_of_its_own(tmp_path):
+def test_a_deep_copy_of_the_running_trainer_is_independent(tmp_path):
     trainer = make_trainer(tmp_path, **ACCUMULATE)
     nested = ContainsARun(trainer)
     trainer.add_callback(nested)
@@ -153,7 +153,7 @@ def test_a_deep_copy_of_the_running_trainer_is_a_run_of_its_own(tmp_path):
     assert used(nested.copy.events) == by_the_rule(nested.copy.events)[0]
 
 
-def test_skipped_updates_and_losses_that_are_not_finite_take_no_part(tmp_path):
+def test_skipped_updates_and_nonfinite_losses_do_not_decide(tmp_path):
     """fp16 with the CPU's GradScaler; the fourth update overflows and the eighth loss is no number."""
 
     class Overflows(Watched):
@@ -182,8 +182,8 @@ def test_skipped_updates_and_losses_that_are_not_finite_take_no_part(tmp_path):
     assert (momenta[3], momenta[7]) == (expected[3], expected[6]) and set(momenta) == {LOW, HIGH}
 
 
-def test_it_follows_an_optimizer_that_a_callback_replaces(tmp_path):
-    """AdamW for 5 updates, LCAM for 12, NSF for the rest: each is driven, and the log tells of the present one."""
+def test_a_replaced_optimizer_is_followed(tmp_path):
+    """AdamW for 5 updates, LCAM for 12, NSF for the rest: each is driven, and the log has the current one's values."""
 
     class Replaces(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -211,17 +211,10 @@ def test_it_follows_an_optimizer_that_a_callback_replaces(tmp_path):
     assert [entry["nsf_p"] for entry in logs[17:]] == expected
 
 
-def test_data_that_gives_no_update_the_usual_number_is_told(tmp_path, warnings_of):
+def test_data_without_the_usual_number_of_micro_batches_is_warned_of(tmp_path, warned):
     """Passes of 3 micro-batches with an accumulation of 2: every update but the first has 3."""
     trainer = make_trainer(tmp_path, data=Stream(12), **STREAM)
     trainer.train()
     assert collections.Counter(windows(trainer.events)) == {2: 1, 3: 39}
     assert used(trainer.events) == by_the_rule(trainer.events)[0]
-    assert len(warnings_of) == 1 and "gradient_accumulation_steps=2" in warnings_of[0]
-
-
-@pytest.fixture
-def warnings_of(monkeypatch):
-    said = []
-    monkeypatch.setattr("hf_nsf.trainer.callback.logger.warning_once", lambda text: text in said or said.append(text))
-    return said
+    assert len(warned) == 1 and "gradient_accumulation_steps=2" in warned[0]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fp16's loss scaling, with the CPU's GradScaler too: an update that overflows leaves no trace."""
+"""fp16's loss scaling, on a CPU too: an update that overflows leaves no trace, with fused=True either."""
 
 import copy
 
 import pytest
 import torch
 from problems import MAKERS, PATHS, needs_numba
-from tiny_run import held, make_trainer, same
 from torch import nn
+from trainer_runs import held, make_trainer, same
 from transformers import TrainerCallback
 
 from hf_nsf import LossPhase
@@ -19,7 +19,7 @@ POISONED = (0, 5)
 
 
 @pytest.mark.parametrize(("name", "path"), [CASES[0], CASES[3], CASES[4], CASES[7]])
-def test_trainer_skips_without_a_trace(name, path, tmp_path):
+def test_an_update_skipped_by_the_trainer_changes_nothing(name, path, tmp_path):
     """Weights, moments, step counts, groups, phase and mean stay as they are in two of ten updates."""
     text = {"lcam": "low_loss_momentum=0.8,high_loss_momentum=0.9", "nsf": "p_min=-0.25,p_max=0.5,cycle_steps=9"}[name]
     text += "".join(f",{key}={value}" for key, value in PATHS[path].items())
@@ -48,7 +48,7 @@ def test_trainer_skips_without_a_trace(name, path, tmp_path):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "path"), CASES)
-def test_plain_loop_is_as_if_the_skipped_update_had_not_been(name, path, device):
+def test_a_plain_loop_continues_as_without_the_skipped_update(name, path, device):
     def run(poisoned):
         torch.manual_seed(0)
         model = nn.Linear(6, 3).to(device)

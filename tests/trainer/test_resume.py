@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: a resumed run is the uninterrupted one, its epochs are the Trainer's, and nobody's files are read."""
+"""Checkpoints: resumed runs equal uninterrupted ones, epochs are the Trainer's, other optimizers' are refused."""
 
 import json
 import pickle
@@ -7,46 +7,78 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_runs import HIGH, LOW, OPTIMIZERS, Rows, Stream, by_the_rule, make_trainer, train_logs, used, windows
+from kill_chain import newest_checkpoint
+from trainer_runs import (
+    HIGH,
+    LOW,
+    Averages,
+    Rows,
+    Stream,
+    by_the_rule,
+    held,
+    make_trainer,
+    same,
+    train_logs,
+    used,
+    windows,
+)
 
-import hf_nsf  # noqa: F401
+import hf_nsf
 
 SAVE = {"save_strategy": "steps", "save_steps": 1}
-LOGGED = ("loss", "step", "nsf_p", "lcam_momentum", "lcam_loss_phase", "lcam_loss_mean")
+CYCLE = {"optim_args": "p_min=0,cycle_steps=9"}
 
 
-def held(trainer, after=0):
-    """What must be the same bits: weights, groups, and the logs of the later updates."""
-    logs = [{key: entry.get(key) for key in LOGGED} for entry in train_logs(trainer) if entry["step"] > after]
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in trainer.optimizer.optimizer.param_groups]
-    return [q.detach().tolist() for q in trainer.model.parameters()], groups, logs
+def given(folder, optimizer, **changes):
+    """A Trainer with an optimizer passed as an object."""
+    model = Averages(0.2)
+    extra = {"optimizers": (hf_nsf.LCAM(model.parameters(), lr=0.05), None)}
+    return make_trainer(folder, "adamw", model=lambda dropout: model, extra=extra, **{**changes, "dropout": 0.2})
 
 
-RUNS = [
-    ("lcam", {"gradient_accumulation_steps": 4}, (2, 3, 5)),  # before and after a short window, before the next
-    ("nsf", {"gradient_accumulation_steps": 4}, (5,)),
-    ("lcam", {"data": Stream(passes=99), "gradient_accumulation_steps": 2, "max_steps": 20}, (7,)),
-    ("lcam", {"gradient_accumulation_steps": 16}, (1,)),  # each update has the 11 micro-batches of an epoch
-]
+# Optimizer, settings, those of the part before the checkpoint, and the steps to resume from.
+RUNS = {
+    "around a short window": ("lcam", {"gradient_accumulation_steps": 4}, {}, (2, 3, 5)),
+    "inside an epoch": ("nsf", {"gradient_accumulation_steps": 4}, {}, (5,)),
+    "a stream": ("lcam", {"data": Stream(passes=99), "gradient_accumulation_steps": 2, "max_steps": 20}, {}, (7,)),
+    "windows of an epoch": ("lcam", {"gradient_accumulation_steps": 16}, {}, (1,)),
+    "at an epoch's end": ("nsf", CYCLE, {}, (11,)),
+    "with more epochs": ("nsf", CYCLE, {"num_train_epochs": 2}, (11, 22)),
+    "with more epochs, lcam": ("lcam", {}, {"num_train_epochs": 2}, (22,)),
+    "an optimizer passed as an object": (given, {}, {}, (15,)),
+}
 
 
-@pytest.mark.parametrize(("optimizer", "run", "steps"), RUNS)
-def test_a_resumed_run_is_the_uninterrupted_one(optimizer, run, steps, tmp_path):
-    whole = make_trainer(tmp_path / "a", optimizer, dropout=0.2, **run, **SAVE)
+@pytest.mark.parametrize("case", RUNS)
+def test_a_resumed_run_equals_the_uninterrupted_one(case, tmp_path):
+    optimizer, run, first, steps = RUNS[case]
+    make = optimizer if callable(optimizer) else make_trainer
+    whole = make(tmp_path / "a", optimizer, **{"dropout": 0.2, **run, **SAVE})
     whole.train()
+    if first:
+        make(tmp_path / "first", optimizer, **{"dropout": 0.2, **run, **SAVE, **first}).train()
     for step in steps:
-        resumed = make_trainer(tmp_path / "b", optimizer, dropout=0.2, **run)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
-        assert held(resumed, step) == held(whole, step)
+        checkpoint = tmp_path / ("first" if first else "a") / f"checkpoint-{step}"
+        resumed = make(tmp_path / "b", optimizer, **{"dropout": 0.2, **run})
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert same(held(resumed), held(whole))
 
 
-# The second part of a run after 11 updates of 4 rows, or 7: its changes, whether it begins inside one of its epochs.
+def test_with_more_epochs_a_number_of_cycles_spans_the_new_length(tmp_path):
+    make_trainer(tmp_path, "nsf", num_train_epochs=2, **SAVE).train()
+    resumed = make_trainer(tmp_path, "nsf")
+    resumed.train(resume_from_checkpoint=True)
+    expected = hf_nsf.p_schedule(range(33), p_min=-0.25, p_max=0.5, cycles=2, total_steps=33)
+    assert [entry["nsf_p"] for entry in train_logs(resumed)[22:]] == expected[22:]
+
+
+# The second part of a run after 11 updates of 4 rows, or 7: its changes, whether it starts inside one of its epochs.
 OTHER_EPOCHS = [
     (11, {}, False),
     (7, {}, True),
     (11, {"per_device_train_batch_size": 2}, True),  # 22 updates an epoch, of which 11 have been made
-    (11, {"per_device_train_batch_size": 8}, True),  # 6 updates an epoch, whose second has begun
-    (7, {"ignore_data_skip": True}, False),  # the Trainer begins its first epoch again
+    (11, {"per_device_train_batch_size": 8}, True),  # 6 updates an epoch, whose second has started
+    (7, {"ignore_data_skip": True}, False),  # the Trainer starts its first epoch again
     (7, {"gradient_accumulation_steps": 2}, True),
     (6, {"gradient_accumulation_steps": 2}, False),
 ]
@@ -81,27 +113,26 @@ def test_a_checkpoint_whose_epoch_is_not_the_trainers_is_resumed_by_its_number(t
 
 
 @pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
-def test_a_checkpoint_without_optimizer_state_is_told_once(optimizer, tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("hf_nsf.trainer.callback.logger.warning_once", lambda text: text in said or said.append(text))
+def test_a_checkpoint_without_optimizer_state_is_warned_of_once(optimizer, tmp_path, warned):
     make_trainer(tmp_path / "a", optimizer, **SAVE, save_only_model=True, max_steps=4).train()
     resumed = make_trainer(tmp_path / "b", optimizer)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
-    assert len(said) == 1 and "save_only_model" in said[0]
+    assert len(warned) == 1 and "save_only_model" in warned[0]
     if optimizer == "lcam":
         assert used(resumed.events) == by_the_rule(resumed.events, True, most=1)[0]
 
 
-@pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
-@pytest.mark.parametrize("other", ["lcam", "nsf", "adamw"])
+OTHERS = [("lcam", "nsf"), ("lcam", "adamw"), ("lcam", "sgd"), ("nsf", "lcam"), ("nsf", "adamw"), ("nsf", "sgd")]
+
+
+@pytest.mark.parametrize(("optimizer", "other"), OTHERS)
 def test_a_checkpoint_of_another_optimizer_is_refused(optimizer, other, tmp_path):
-    if optimizer == other:
-        pytest.skip("the same")
-    make_trainer(tmp_path / "a", other, **SAVE, max_steps=2).train()
-    trainer = make_trainer(tmp_path / "b", optimizer)
-    with pytest.raises(ValueError) as error:
-        trainer.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")  # a pathlib.Path
-    assert trainer.state.global_step in (0, 2) and "\n" not in str(error.value)
+    make_trainer(tmp_path, other, **SAVE, max_steps=2).train()
+    for resume in (True, tmp_path / "checkpoint-2"):  # a pathlib.Path
+        trainer = make_trainer(tmp_path, optimizer)
+        with pytest.raises(ValueError, match="was saved by another optimizer") as error:
+            trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step in (0, 2) and "\n" not in str(error.value)
 
 
 class Planted:
@@ -114,7 +145,7 @@ class Planted:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
 def test_a_resume_executes_no_planted_pickle(optimizer, tmp_path):
     make_trainer(tmp_path / "a", optimizer, **SAVE, max_steps=2).train()
     folder = tmp_path / "a" / "checkpoint-2" / "optimizer_0"
@@ -133,3 +164,16 @@ def test_adamws_checkpoint_of_torchs_old_file_format_is_resumed(tmp_path):
     resumed = make_trainer(tmp_path / "b", "adamw", data=Rows(), max_steps=4)
     resumed.train(resume_from_checkpoint=str(path.parent))
     assert resumed.state.global_step == 4
+
+
+def test_the_newest_checkpoint_that_can_be_resumed(tmp_path):
+    """The tests of killed runs resume from it: a save that was interrupted is passed over."""
+    make_trainer(tmp_path, "nsf", max_steps=4, **SAVE).train()
+    found = [newest_checkpoint(tmp_path, 1)]
+    for step, name in ((4, "trainer_state.json"), (3, "rng_state.pth")):
+        path = tmp_path / f"checkpoint-{step}" / name
+        path.write_bytes(path.read_bytes()[:100])
+        found.append(newest_checkpoint(tmp_path, 1))
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    found.append(newest_checkpoint(tmp_path, 1))
+    assert found == [str(tmp_path / f"checkpoint-{step}") for step in (4, 3, 2, 1)]
