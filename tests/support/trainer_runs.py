@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-import hf_nsf  # noqa: F401
+import hf_nsf
 
 gc.collect()
 gc.freeze()  # the Trainer collects garbage at every start, over all that has been imported
@@ -139,7 +139,7 @@ class Watched(Trainer):
         return loss
 
 
-def arguments(folder, optimizer="lcam", **changes):
+def arguments(folder, optimizer="lcam", kind=TrainingArguments, **changes):
     values = {
         "output_dir": str(folder), "num_train_epochs": 3, "per_device_train_batch_size": 4, "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 5,
@@ -148,7 +148,7 @@ def arguments(folder, optimizer="lcam", **changes):
     }  # fmt: skip
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         values["ddp_backend"] = "gloo"
-    return TrainingArguments(**{**values, **changes})
+    return kind(**{**values, **changes})
 
 
 def make_trainer(folder, optimizer="lcam", model=Averages, data=None, cls=Watched, dropout=0.0, extra=None, **changes):
@@ -215,6 +215,25 @@ def check_rule(trainer, **state):
 
 def train_logs(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def check(trainer, optimizer, updates, first=0):
+    """Every logged value is the one used in that step, by NSF's schedule or LCAM's rule."""
+    assert type(trainer.optimizer.optimizer) is getattr(hf_nsf, optimizer.upper())
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert len(logs) == updates
+    if optimizer == "nsf":
+        steps = range(first, first + updates)
+        schedule = hf_nsf.p_schedule(steps, p_min=-0.25, p_max=0.5, cycles=2, total_steps=updates)
+        assert [entry["nsf_p"] for entry in logs] == schedule
+    else:
+        check_rule(trainer)
+        assert [entry["lcam_momentum"] for entry in logs] == used(trainer.events)
+
+
+def check_learning(trainer, part=8):
+    losses = [entry["loss"] for entry in train_logs(trainer)]
+    assert sum(losses[-part:]) < sum(losses[:part])
 
 
 def held(trainer):
