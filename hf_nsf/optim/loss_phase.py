@@ -104,8 +104,9 @@ class LossPhase:
         )
 
     def _device(self, loss: Any) -> torch.device:
-        """The parameters' device; the loss's if parameters are offloaded, as NCCL does not reduce CPU tensors."""
-        device = next(param.device for group in self.optimizer.param_groups for param in group["params"])
+        """The parameters' device; the loss's if they are on a CPU (offloaded), as NCCL reduces no CPU tensors."""
+        params = (param for group in self.optimizer.param_groups for param in group["params"])
+        device = next((param.device for param in params), torch.device("cpu"))  # ZeRO 3 empties the groups
         return loss.device if device.type == "cpu" and isinstance(loss, Tensor) else device
 
 

@@ -4,6 +4,7 @@
 Models and tokenizers are made on the spot; nothing is downloaded.
 """
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from trainer_runs import HIGH, LOW, OPTIMIZERS, Watch, Watched, by_the_rule, train_logs, used
+from trainer_runs import HIGH, LOW, OPTIMIZERS, Watch, Watched, by_the_rule, check, check_learning, make_trainer, used
 from transformers import (
     BertConfig,
     BertModel,
@@ -22,7 +23,6 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 from transformers.training_args import OptimizerNames
@@ -34,19 +34,6 @@ pytestmark = [pytest.mark.ecosystem, pytest.mark.filterwarnings("ignore")]
 
 NUMBERS = "zero one two three four five six seven eight nine ten eleven".split()
 OURS = pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
-
-
-def common(folder, optimizer, **changes):
-    return {
-        "output_dir": str(folder), "num_train_epochs": 4, "per_device_train_batch_size": 4, "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 5,
-        "max_grad_norm": 0.0, **OPTIMIZERS[optimizer], **changes,
-    }  # fmt: skip
-
-
-def watched(cls):
-    """A library's Trainer that writes down its losses and updates."""
-    return type(cls.__name__, (Watched, cls), {})
 
 
 def tokenizer():
@@ -98,117 +85,43 @@ def saved_llama(folder):
     return LlamaForCausalLM.from_pretrained(folder / "llama")
 
 
-def check(trainer, optimizer, updates):
-    """p follows its schedule, or every momentum follows from the losses; the log has the values used."""
-    assert isinstance(trainer.optimizer.optimizer, getattr(hf_nsf, optimizer.upper()))
-    logs = train_logs(trainer)
-    assert len(logs) == updates
-    if optimizer == "nsf":
-        expected = hf_nsf.p_schedule(range(updates), p_min=-0.25, p_max=0.5, cycles=2, total_steps=updates)
-        assert [entry["nsf_p"] for entry in logs] == expected
-        return
-    expected, _ = by_the_rule(trainer.events)
-    assert used(trainer.events) == [entry["lcam_momentum"] for entry in logs] == expected
-    assert set(expected) == {LOW, HIGH}
-
-
-def check_learning(trainer, part=8):
-    losses = [entry["loss"] for entry in train_logs(trainer)]
-    assert sum(losses[-part:]) < sum(losses[:part])
-
-
-# 44 rows: 11 batches, or five windows of 2 of them and one of 1.
-ACCUMULATION = pytest.mark.parametrize(("windows", "updates"), [(1, 44), (2, 24)], ids=["plain", "accumulation"])
-
-
-@OURS
-@ACCUMULATION
-def test_peft_lora(optimizer, windows, updates, tmp_path):
-    peft = pytest.importorskip("peft")
-    words = tokenizer()
-    base = llama()
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    set_seed(4)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
-    )
-    trainer = watched(Trainer)(
-        model=peft.get_peft_model(base, config),
-        args=TrainingArguments(**common(tmp_path, optimizer, gradient_accumulation_steps=windows)),
-        train_dataset=[{"input_ids": words(text)["input_ids"]} for text in sentences(44)],
-        data_collator=DataCollatorForLanguageModeling(words, mlm=False),
-    )
-    trainer.train()
-    check(trainer, optimizer, updates)
-    check_learning(trainer)
-    after = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items()}
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert any(value.abs().max() > 0 for name, value in after.items() if "lora_B" in name)
-
-
-@OURS
-@ACCUMULATION
-@pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
-def test_trl_sft(optimizer, windows, updates, stream, tmp_path):
+def sft(folder, stream=False):
     """A stream's pass has an odd number of batches: one is carried over to the next pass."""
     trl = pytest.importorskip("trl")
     data = Dataset.from_dict({"text": sentences(44)})
-    length = {"max_steps": updates} if stream else {}
-    trainer = watched(trl.SFTTrainer)(
-        model=llama(),
-        args=trl.SFTConfig(**common(tmp_path, optimizer, gradient_accumulation_steps=windows, **length), max_length=32),
-        train_dataset=data.to_iterable_dataset() if stream else data,
-        processing_class=tokenizer(),
-    )
-    trainer.train()
-    check(trainer, optimizer, updates)
-    check_learning(trainer)
+    data = data.to_iterable_dataset() if stream else data
+    return {"cls": trl.SFTTrainer, "kind": trl.SFTConfig, "data": data, "model": llama()}
 
 
-def dpo(trl, folder, optimizer):
-    args = trl.DPOConfig(**common(folder, optimizer, learning_rate=1e-2), max_length=32)
-    return trl.DPOTrainer, args, saved_llama(folder), preferences(32), {}
+def dpo(folder):
+    trl = pytest.importorskip("trl")
+    return {"cls": trl.DPOTrainer, "kind": trl.DPOConfig, "data": preferences(44), "model": saved_llama(folder)}
 
 
-def reward(trl, folder, optimizer):
-    args = trl.RewardConfig(**common(folder, optimizer, learning_rate=1e-2), max_length=32)
-    return trl.RewardTrainer, args, llama(LlamaForSequenceClassification, num_labels=1), preferences(32), {}
+def reward(folder):
+    trl = pytest.importorskip("trl")
+    model = llama(LlamaForSequenceClassification, num_labels=1)
+    return {"cls": trl.RewardTrainer, "kind": trl.RewardConfig, "data": preferences(44), "model": model}
 
 
-def kto(trl, folder, optimizer):
-    pairs = preferences(16)
-    data = {
-        "prompt": pairs["prompt"] * 2,
-        "completion": pairs["chosen"] + pairs["rejected"],
-        "label": [True] * 16 + [False] * 16,
-    }
-    args = trl.KTOConfig(**common(folder, optimizer, learning_rate=1e-2), max_length=32)
-    return trl.KTOTrainer, args, saved_llama(folder), data, {}
+def kto(folder):
+    trl = pytest.importorskip("trl")
+    pairs = preferences(22)
+    completions, labels = pairs["chosen"] + pairs["rejected"], [True] * 22 + [False] * 22
+    data = {"prompt": pairs["prompt"] * 2, "completion": completions, "label": labels}
+    return {"cls": trl.KTOTrainer, "kind": trl.KTOConfig, "data": data, "model": saved_llama(folder)}
 
 
-def grpo(trl, folder, optimizer):
+def grpo(folder):
+    trl = pytest.importorskip("trl")
+
     def many_ones(completions, **kwargs):
         return [float(text.split().count("one")) for text in completions]
 
-    args = trl.GRPOConfig(
-        **common(folder, optimizer, learning_rate=1e-2, num_train_epochs=1, max_steps=32),
-        num_generations=4, max_completion_length=8,
-    )  # fmt: skip
-    return trl.GRPOTrainer, args, llama(), {"prompt": preferences(32)["prompt"]}, {"reward_funcs": many_ones}
-
-
-@OURS
-@pytest.mark.parametrize("make", [dpo, reward, kto, grpo])
-def test_trl_others(make, optimizer, tmp_path):
-    trl = pytest.importorskip("trl")
-    cls, args, model, data, extra = make(trl, tmp_path, optimizer)
-    trainer = watched(cls)(
-        model=model, args=args, train_dataset=Dataset.from_dict(data), processing_class=tokenizer(), **extra
-    )
-    trainer.train()
-    check(trainer, optimizer, 32)
-    if make is not grpo:  # whose loss is no measure
-        check_learning(trainer)
+    options = {"num_generations": 4, "max_completion_length": 8, "max_steps": 44, "max_length": None}
+    data = {"prompt": preferences(32)["prompt"]}
+    extra = {"reward_funcs": many_ones}
+    return {"cls": trl.GRPOTrainer, "kind": trl.GRPOConfig, "data": data, "model": llama(), "extra": extra, **options}
 
 
 def sentence_model(folder):
@@ -224,28 +137,71 @@ def sentence_model(folder):
     return library.SentenceTransformer(modules=[words, parts.Pooling(32)], device="cpu")
 
 
-@OURS
-@ACCUMULATION
-def test_sentence_transformers(optimizer, windows, updates, tmp_path):
+def sentence_transformers(folder):
     library = pytest.importorskip("sentence_transformers")
     from sentence_transformers import losses
 
-    model = sentence_model(tmp_path)
-    first = sentences(44)
+    model, first = sentence_model(folder), sentences(44)
     second = first[1:] + first[:1]
     alike = [len(set(a.split()) & set(b.split())) / 6 for a, b in zip(first, second, strict=True)]
-    rate = {"lcam": 5e-3, "nsf": 1e-2}[optimizer]
-    trainer = watched(library.SentenceTransformerTrainer)(
-        model=model,
-        args=library.SentenceTransformerTrainingArguments(
-            **common(tmp_path, optimizer, gradient_accumulation_steps=windows, learning_rate=rate)
-        ),
-        train_dataset=Dataset.from_dict({"sentence1": first, "sentence2": second, "score": alike}),
-        loss=losses.CosineSimilarityLoss(model),
-    )
+    return {
+        "cls": library.SentenceTransformerTrainer, "kind": library.SentenceTransformerTrainingArguments,
+        "data": {"sentence1": first, "sentence2": second, "score": alike}, "model": model, "max_length": None,
+        "extra": {"processing_class": None, "loss": losses.CosineSimilarityLoss(model)},
+    }  # fmt: skip
+
+
+def train(folder, optimizer, windows, updates, cls, model, data, extra=None, **changes):
+    """44 rows: 11 batches, or five windows of 2 of them and one of 1; four epochs."""
+    changes = {"max_length": 32, "num_train_epochs": 4, "lr_scheduler_type": "linear", **changes}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    trainer = make_trainer(
+        folder, optimizer, cls=type(cls.__name__, (Watched, cls), {}), model=lambda dropout: model,
+        data=Dataset.from_dict(data) if isinstance(data, dict) else data,
+        extra={"processing_class": tokenizer(), **(extra or {})}, gradient_accumulation_steps=windows, **changes,
+    )  # fmt: skip
     trainer.train()
     check(trainer, optimizer, updates)
+    return trainer
+
+
+LOWER = {"learning_rate": 1e-2}
+CASES = {
+    "sft": (sft, 1, {}), "sft, accumulation": (sft, 2, {}),
+    "sft, stream": (functools.partial(sft, stream=True), 1, {"max_steps": 44}),
+    "sft, stream, accumulation": (functools.partial(sft, stream=True), 2, {"max_steps": 24}),
+    "dpo": (dpo, 1, LOWER), "reward": (reward, 1, LOWER), "kto": (kto, 1, LOWER), "grpo": (grpo, 1, LOWER),
+    "sentence-transformers": (sentence_transformers, 1, {"learning_rate": 5e-3}),
+    "sentence-transformers, accumulation": (sentence_transformers, 2, {"learning_rate": 5e-3}),
+}  # fmt: skip
+
+
+@OURS
+@pytest.mark.parametrize("case", CASES)
+def test_trainers_of_other_libraries(case, optimizer, tmp_path):
+    make, windows, changes = CASES[case]
+    trainer = train(tmp_path, optimizer, windows, {1: 44, 2: 24}[windows], **make(tmp_path), **changes)
+    if make is not grpo:  # whose loss is no measure
+        check_learning(trainer)
+
+
+@OURS
+@pytest.mark.parametrize(("windows", "updates"), [(1, 44), (2, 24)])
+def test_peft_lora_leaves_the_base_alone(optimizer, windows, updates, tmp_path):
+    peft = pytest.importorskip("peft")
+    words, base = tokenizer(), llama()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    config = peft.LoraConfig(
+        r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    data = [{"input_ids": words(text)["input_ids"]} for text in sentences(44)]
+    extra = {"data_collator": DataCollatorForLanguageModeling(words, mlm=False)}
+    model = peft.get_peft_model(base, config)
+    trainer = train(tmp_path, optimizer, windows, updates, Trainer, model, data, extra, max_length=None)
     check_learning(trainer)
+    after = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert any(value.abs().max() > 0 for name, value in after.items() if "lora_B" in name)
 
 
 @OURS
