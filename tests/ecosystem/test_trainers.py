@@ -101,7 +101,7 @@ def dpo(folder):
 def reward(folder):
     trl = pytest.importorskip("trl")
     model = llama(LlamaForSequenceClassification, num_labels=1)
-    return {"cls": trl.RewardTrainer, "kind": trl.RewardConfig, "data": preferences(44), "model": model}
+    return {"cls": trl.RewardTrainer, "kind": trl.RewardConfig, "data": preferences(32), "model": model}
 
 
 def kto(folder):
@@ -180,7 +180,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_trainers_of_other_libraries(case, optimizer, tmp_path):
     make, windows, changes = CASES[case]
-    trainer = train(tmp_path, optimizer, windows, {1: 44, 2: 24}[windows], **make(tmp_path), **changes)
+    updates = 32 if make is reward else {1: 44, 2: 24}[windows]
+    trainer = train(tmp_path, optimizer, windows, updates, **make(tmp_path), **changes)
     if make is not grpo:  # whose loss is no measure
         check_learning(trainer)
 
