@@ -96,7 +96,7 @@ def test_a_constant_loss_is_never_below_its_mean(options):
         assert optimizer.param_groups[0]["loss_mean"] == loss
 
 
-def test_moving_average_by_hand_runs_through_epochs():
+def test_moving_average_by_hand_is_not_reset_by_epochs():
     optimizer = lcam(loss_average="ema", loss_ema_decay=0.5)
     phase, seen = LossPhase(optimizer), []
     for loss in (4.0, 2.0, 3.0, 2.5):
@@ -106,7 +106,7 @@ def test_moving_average_by_hand_runs_through_epochs():
     assert seen == [(4.0, 0.9), (3.0, 0.8), (3.0, 0.9), (2.75, 0.8)]
 
 
-def test_state_stands_in_every_group_and_goes_on_after_loading():
+def test_every_group_holds_the_state_and_continues_after_loading():
     def make(**options):
         optimizer = lcam(**options)
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "low_loss_momentum": 0.5})
@@ -148,8 +148,18 @@ def test_other_writers_of_the_momentum_are_warned_of_once(options):
     assert warning.filename == __file__
 
 
+def test_groups_without_parameters_decide_too():
+    """DeepSpeed's ZeRO 3 leaves them so."""
+    optimizer = lcam()
+    optimizer.param_groups[0]["params"] = []
+    phase = LossPhase(optimizer)
+    for loss in (2.0, torch.tensor(1.0)):
+        phase.step(loss)
+    assert momenta(optimizer) == [0.8]
+
+
 @pytest.mark.parametrize("loss", [True, "1", None, torch.ones(2), torch.ones((), device="meta"), 10**400], ids=repr)
-def test_what_is_no_loss_is_refused(loss):
+def test_invalid_losses_are_refused(loss):
     with pytest.raises(ValueError, match="Invalid loss"):
         LossPhase(lcam()).step(loss)
 
