@@ -23,6 +23,15 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+def add_callback(trainer: Any, callback: TrainerCallback) -> None:
+    """Put a callback first in a training that has started, and call it for the events that it missed."""
+    handler = trainer.callback_handler
+    handler.callbacks = [callback, *handler.callbacks]  # a new list: the old one may be in a loop over an event
+    context = {"optimizer": trainer.optimizer, "train_dataloader": handler.train_dataloader}
+    for event in (callback.on_train_begin, callback.on_epoch_begin):
+        event(trainer.args, trainer.state, trainer.control, **context)
+
+
 class PhaseCallback(TrainerCallback):
     """Passes a Trainer's losses to :class:`hf_nsf.LossPhase` and its number of updates to :class:`hf_nsf.NSF`.
 
@@ -55,17 +64,14 @@ class PhaseCallback(TrainerCallback):
     def from_trainer(trainer: Any) -> PhaseCallback | None:
         """The trainer's PhaseCallback (the last added), or None if its optimizer is neither LCAM nor NSF.
 
-        A missing one is added: frameworks replace the list of default callbacks. It goes first, so that trackers see
-        its values, and starts as at the events that it missed.
+        A missing one is added, as frameworks replace the list of default callbacks: first, so that trackers see its
+        values.
         """
-        handler = trainer.callback_handler
-        found = next((each for each in reversed(handler.callbacks) if isinstance(each, PhaseCallback)), None)
+        callbacks = reversed(trainer.callback_handler.callbacks)
+        found = next((callback for callback in callbacks if isinstance(callback, PhaseCallback)), None)
         if found is None and isinstance(unwrap_optimizer(trainer.optimizer), (LCAM, NSF)):
             found = PhaseCallback()
-            handler.callbacks = [found, *handler.callbacks]  # a new list: the old one may be in a loop over an event
-            context = {"optimizer": trainer.optimizer, "train_dataloader": handler.train_dataloader}
-            for event in (found.on_train_begin, found.on_epoch_begin):
-                event(trainer.args, trainer.state, trainer.control, **context)
+            add_callback(trainer, found)
         return found
 
     def observe(self, loss: Any) -> None:

@@ -17,12 +17,10 @@ from typing import Any
 import transformers
 
 from ..optim import LCAM, NSF
-from .callback import PhaseCallback
+from .callback import PhaseCallback, add_callback
 from .names import add_names, optimizer_name, remove_names
 from .options import parse_optim_args
-from .save_state import SaveState
-
-SAVE_STATE = "HF_NSF_SAVE_STATE"  # set by hf_nsf.compare in its runs
+from .save_state import SAVE_STATE, SaveState
 
 
 def _options(context: Any, optim: str) -> dict[str, Any]:
@@ -68,9 +66,9 @@ def _report_loss(training_step: Any) -> Any:
 
     @functools.wraps(training_step)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handler = self.callback_handler
-        if os.environ.get(SAVE_STATE) and not any(isinstance(each, SaveState) for each in handler.callbacks):
-            handler.callbacks = [*handler.callbacks, SaveState()]
+        callbacks = self.callback_handler.callbacks
+        if os.environ.get(SAVE_STATE) and not any(isinstance(callback, SaveState) for callback in callbacks):
+            add_callback(self, SaveState())
         callback = PhaseCallback.from_trainer(self)  # before the step, which may need NSF's total_steps
         loss = training_step(self, *args, **kwargs)
         if callback is not None:
