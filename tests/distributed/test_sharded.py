@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from hf_nsf import LCAM, NSF
+from hf_nsf import NSF
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 WORKER = Path(__file__).parents[1] / "support" / "sharded_worker.py"
-FEW = ["nsf", "nsf none", "nsf bfloat16", "lcam", "lcam bfloat16"]
+FEW = ["nsf", "nsf none", "nsf bfloat16", "lcam"]
 
 
 def launch(*arguments):
@@ -73,17 +73,3 @@ def test_a_sharded_parameter_without_a_gradient_gets_no_state(mesh, p):
     optimizer.step()
     assert optimizer.state_dict()["state"].keys() == {0}
     assert torch.equal(params[1].full_tensor(), torch.ones(4, 3)) and (params[0].full_tensor() < 1).all()
-
-
-@pytest.mark.parametrize("beside", ["plain", "none"])
-def test_lcam_fused_refuses_sharded_parameters_in_a_sentence(mesh, beside):
-    params = [sharded(mesh)]
-    if beside == "plain":
-        params.insert(0, nn.Parameter(torch.ones(3)))
-        params[0].grad = torch.ones(3)
-    with pytest.raises(RuntimeError, match=r"Invalid fused: fused=True .*DTensor.*; allowed: fused=None or False\.$"):
-        LCAM(params, fused=True).step()
-    before = params[-1].full_tensor().clone()
-    LCAM(params).step()
-    assert (params[-1].full_tensor() < before).all()
-    assert all((q < 1).all() for q in params[:-1])

@@ -31,7 +31,6 @@ def test_the_peak_sees_what_comes_and_goes():
 
 CASES = [("nsf", path, dtype, dense) for path in ("default", "foreach")
          for dtype, dense in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True))]  # fmt: skip
-CASES += [("lcam", "default", torch.bfloat16, True), ("lcam", "foreach", torch.bfloat16, False)]
 
 
 @pytest.mark.parametrize(("name", "path", "dtype", "dense"), CASES)

@@ -79,11 +79,9 @@ CASES = {
     "nsf none": Case(lambda q: NSF(q, lr=1e-2, p=0.25, grafting="none"), adamw),
     "nsf bfloat16": Case(lambda q: NSF(q, lr=1e-2, p=-0.25), adamw, norms=1, dtype=torch.bfloat16),
     "lcam": Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01), sgd, exactly=True),
-    "lcam bfloat16": Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01), sgd, dtype=torch.bfloat16),
     "nsf adamw": Case(lambda q: NSF(q, lr=1e-2, p=0.5), adamw),
     "nsf lists": Case(lambda q: NSF(q, lr=1e-2, p=0.0, foreach=True), adamw, norms=1),
     "nsf reference": Case(lambda q: NSF(q, lr=1e-2, p=-0.5, foreach=False), adamw, norms=1),
-    "lcam lists": Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01, foreach=True), sgd, exactly=True),
 }
 # A different placement for each of the SHAPES: every mix of shards and replicas that fits the mesh; None is plain.
 PLACEMENTS = {
