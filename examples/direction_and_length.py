@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is it the direction or the length? Both methods' steps taken apart: one picture, under 10 minutes on 2 cores.
+
+    python examples/direction_and_length.py --output_dir out      # topics of docstrings, a small network
+    python examples/direction_and_length.py --output_dir out --train_file train.parquet --test_file test.parquet \
+        --epochs 16 --nsf_rates 0.003 0.01 --lcam_rates 0.03 0.1 --bf16     # images, such as CIFAR-10
+
+A step is a direction times a length. Of a tensor, a = m / (sqrt(v) + eps) is Adam's step and r = m / (v^p + eps) that
+of NSF's paper (arXiv 2509.04713). So there are four methods: AdamW has direction and length of a, the paper's formula
+those of r; one has a's direction with r's length, and one r's direction with a's length, as grafting="adam" has.
+
+Momentum is undamped, so the momentum mu of LCAM (arXiv 2309.02130) changes both the memory of a step and its length, by
+1 / c with c = (1 - mu) / 0.1. SGD 0.9 with its rate divided by c has the length alone, LCAM with its rate multiplied by
+c the memory alone; SGD 0.9 with its rate doubled at random has such lengths, but they do not depend on the loss.
+
+Rates are constant but for two schedules beside AdamW. Accuracies are means over the last epochs, on test data; rates
+are chosen on validation data; differences are paired by seed. Rerun the command to resume: each training is a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import joblib
+import matplotlib
+import numpy as np
+import torch
+from embedded_data import SPLITS, DataTrainingArguments, load_splits, one_sentence
+from image_classification import ImagesInMemory, WideResNet
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedConfig
+from what_p_does import load_bags, over_seeds
+
+from hf_nsf import LCAM, LossPhase, p_schedule
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
+
+Data = dict[str, tuple[np.ndarray, np.ndarray]]
+NAMES = {
+    "nsf": {
+        "base": "AdamW",
+        "both": "the paper's formula",
+        "length": "Adam's direction, NSF's length",
+        "direction": "NSF's direction, Adam's length",
+        "cyclic": "AdamW, cyclic rate",
+        "cosine": "AdamW, cosine schedule",
+    },
+    "lcam": {
+        "base": "SGD 0.9",
+        "both": "LCAM",
+        "length": "SGD 0.9, LCAM's step length",
+        "direction": "LCAM, step length of SGD 0.9",
+        "random": "SGD 0.9, rate doubled at random",
+        "0.95": "SGD 0.95",
+    },
+}
+# Of the six, in order: one colour for each in all panels; dashes show what lies below.
+STYLES: list[dict[str, Any]] = [
+    {"color": "#000000", "linewidth": 2},
+    {"color": "#D55E00", "linewidth": 4, "alpha": 0.6},
+    {"color": "#0072B2", "linewidth": 2, "linestyle": (0, (4, 2))},
+    {"color": "#009E73", "linewidth": 2},
+    {"color": "#CC79A7", "linewidth": 1.5, "linestyle": ":"},
+    {"color": "#888888", "linewidth": 1.5, "linestyle": "-."},
+]
+VARIED = ("both", "length", "direction")  # of each variant: an end of p's cycle, or a pair of momenta (low, high)
+PAIRS = [(0.9, 0.95), (0.95, 0.9)]
+CYCLES = 3.5  # of p and of the cyclic rate: both end at their lowest
+LAST = {"nsf": 2, "lcam": 4}  # epochs of the final mean. p falls to its end in two of 16; SGD swings between epochs
+BATCH, IMAGE_SIZE, TRAIN_IMAGES, TEST_IMAGES, WORDS = 64, 24, 5000, 2000, 2000
+
+
+class DirectionAndLength(torch.optim.Optimizer):
+    """Steps in the direction of one formula with the length of another, tensor by tensor.
+
+    Args:
+        params: parameters.
+        lr: learning rate.
+        exponents: p of each step.
+        direction: "adam" or "nsf".
+        length: "adam" or "nsf".
+    """
+
+    def __init__(self, params: Any, lr: float, exponents: list[float], direction: str, length: str) -> None:
+        super().__init__(params, {"lr": lr})
+        self.exponents, self.direction, self.length = exponents, direction, length
+
+    @torch.no_grad()
+    def step(self, closure: None = None, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
+        """Update every parameter."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
+                p = self.exponents[state["step"]]
+                state["step"] += 1
+                m = state["exp_avg"].lerp_(param.grad, 1 - beta1) / (1 - beta1 ** state["step"])
+                v = state["exp_avg_sq"].lerp_(param.grad.square(), 1 - beta2) / (1 - beta2 ** state["step"])
+                steps = {"adam": m / (v.sqrt() + eps)}
+                if "nsf" in (self.direction, self.length):
+                    steps["nsf"] = m / (v**p + eps)
+                step = steps[self.direction]
+                if self.length != self.direction:
+                    step = step * (steps[self.length].norm() / step.norm().clamp(min=1e-30))  # 0 where all is 0
+                param.sub_(step * group["lr"])
+
+
+def load_data(train_file: str | None, test_file: str | None) -> Data:
+    """Load inputs and labels of each split: images as bytes, or which of the commonest words a docstring has."""
+    if train_file is None:
+        bags = dict(zip(SPLITS, load_bags(None), strict=True))
+        common = np.sort(np.argsort(-np.asarray(bags["train"][0].sum(0))[0], kind="stable")[:WORDS])
+        return {name: (x[:, common].toarray().astype(np.uint8), y) for name, (x, y) in bags.items()}
+    sizes = {"max_train_samples": TRAIN_IMAGES, "max_eval_samples": TEST_IMAGES}
+    arguments = DataTrainingArguments(train_file=train_file, test_file=test_file, **sizes)
+    with one_sentence():
+        splits = load_splits(arguments, dict, "image", "img")
+        images = {name: ImagesInMemory(splits[name], (IMAGE_SIZE, IMAGE_SIZE)) for name in SPLITS}
+    return {name: (split.images.numpy(), split.labels.numpy()) for name, split in images.items()}
+
+
+def build(inputs: np.ndarray, classes: int) -> nn.Module:
+    """Make a network for images, or for bags of words."""
+    if inputs.ndim == 4:
+        return WideResNet(PreTrainedConfig(depth=10, width=1, num_labels=classes)).to(memory_format=torch.channels_last)
+    layers = [nn.Dropout(0.5), nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, classes)]
+    return nn.Sequential(*layers)
+
+
+def train(
+    family: str, variant: Any, role: str, rate: float, seed: int, epochs: int, bf16: bool, data: Data
+) -> dict[str, Any]:
+    """Train once; return the test's accuracy and loss after each epoch, the validation's in the last, and more."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)  # the same first weights, batches and dropout for all methods
+    tensors = {name: tuple(torch.from_numpy(np.array(part)) for part in split) for name, split in data.items()}
+    x, y = tensors["train"]
+    is_image = x.ndim == 4
+    model = build(data["train"][0], int(y.max()) + 1)
+    updates = epochs * (len(y) // BATCH)
+
+    def cosine(high: float, low: float, cycles: float) -> list[float]:
+        return p_schedule(range(updates), p_max=high, p_min=low, cycles=cycles, total_steps=updates)
+
+    factors: Any = [1.0] * updates
+    if role in ("cosine", "cyclic"):  # p's cosine serves for a rate as well
+        factors = cosine(1, 0, CYCLES if role == "cyclic" else 0.5)
+    elif role == "random":
+        factors = (1.0 + np.random.default_rng(seed).integers(2, size=updates)).tolist()
+    if family == "nsf":
+        direction, length = ("nsf" if role in ("both", part) else "adam" for part in ("direction", "length"))
+        exponents = [0.5] * updates if variant is None else cosine(0.5, variant, CYCLES)
+        optimizer: Any = DirectionAndLength(model.parameters(), rate, exponents, direction, length)
+    else:
+        sgd = (0.95, 0.95) if role == "0.95" else (0.9, 0.9)
+        memory, length = (variant if role in ("both", part) else sgd for part in ("direction", "length"))
+        optimizer = LCAM(model.parameters(), rate, *memory)  # with equal momenta it is SGD
+        phase = LossPhase(optimizer)
+
+    def logits(inputs: Tensor) -> Tensor:
+        inputs = (inputs / 127.5 - 1).to(memory_format=torch.channels_last) if is_image else inputs.float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = model(inputs)
+        return (outputs.logits if is_image else outputs).float()
+
+    found: dict[str, Any] = {f"{name}_{key}": [] for name in SPLITS[1:] for key in ("accuracy", "loss")}
+    group, low = optimizer.param_groups[0], 0
+    for epoch in range(epochs):
+        model.train()
+        if family == "lcam":
+            phase.start_epoch()
+        for rows in torch.randperm(len(y))[: len(y) // BATCH * BATCH].view(-1, BATCH):
+            loss = cross_entropy(logits(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            group["lr"] = rate * factors.pop(0)
+            if family == "lcam":
+                low += group["loss_phase"]
+                is_high = 1 - group["loss_phase"]
+                group["lr"] *= (1 - memory[is_high]) / (1 - length[is_high])  # the memory's length for the length's
+            optimizer.step()
+            if family == "lcam":
+                phase.step(loss.detach())
+        model.eval()
+        for name in SPLITS[1:] if epoch >= epochs - max(LAST.values()) else ("test",):
+            inputs, labels = tensors[name]
+            with torch.inference_mode():
+                outputs = torch.cat([logits(part) for part in inputs.split(500)])
+            found[f"{name}_accuracy"].append((outputs.argmax(1) == labels).float().mean().item())
+            found[f"{name}_loss"].append(cross_entropy(outputs, labels).item())
+    return found | ({"low_share": low / updates} if family == "lcam" else {})
+
+
+def train_to_file(file: Path, setting: dict[str, Any], data: Data, **training: Any) -> dict[str, Any]:
+    """Train unless the file holds this training; a file is written whole."""
+    asked = json.loads(json.dumps({**setting, **training}))
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        if held["training"] == asked:
+            return held["found"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or a damaged one
+        pass
+    found = train(**training, epochs=setting["epochs"], bf16=setting["bf16"], data=data)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"training": asked, "found": found}) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+    return found
+
+
+def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All trainings, seed by seed, so that those of the first seeds are there first."""
+    trainings = []
+    rates = {"nsf": options.nsf_rates, "lcam": options.lcam_rates}
+    variants = {"nsf": options.p_min, "lcam": PAIRS}
+    for seed, family in itertools.product(range(options.seeds), NAMES):
+        for role, rate in itertools.product(NAMES[family], rates[family]):
+            for variant in variants[family] if role in VARIED else [None]:
+                trainings.append({"family": family, "variant": variant, "role": role, "rate": rate, "seed": seed})
+    return trainings
+
+
+def summarise(options: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of each panel: one for each end of p's cycle, and one for each pair of momenta."""
+    panels = {}
+    for family, variants in (("nsf", options.p_min), ("lcam", PAIRS)):
+        rates, last = getattr(options, f"{family}_rates"), LAST[family]
+        for variant in variants:
+            methods: dict[str, Any] = {}
+            finals, validation = {}, {}
+            for role, name in NAMES[family].items():
+                chosen = [run for run in runs if (run["family"], run["role"]) == (family, role)]
+                chosen = [run for run in chosen if run["variant"] in (None, variant)]
+
+                def values(key: str, chosen: list[dict[str, Any]] = chosen, rates: Any = rates) -> np.ndarray:
+                    return np.array([[run[key] for run in chosen if run["rate"] == rate] for rate in rates])
+
+                finals[role] = 100 * values("test_accuracy")[..., -last:].mean(-1)  # of shape (rates, seeds)
+                validation[role] = 100 * values("validation_accuracy")[..., -last:].mean((1, 2))
+                methods[role] = {
+                    "name": name,
+                    "chosen_rate": rates[int(validation[role].argmax())],
+                    "validation_accuracy": validation[role],
+                    "test_accuracy": over_seeds(finals[role].T),
+                    "test_loss": over_seeds(values("test_loss")[..., -last:].mean(-1).T),
+                    "curves": 100 * values("test_accuracy").mean(1),
+                }
+                if family == "lcam":
+                    methods[role]["low_share"] = over_seeds(values("low_share").T)
+            corners = ("base", *VARIED)
+            drawn = int(np.mean([validation[role] for role in corners], 0).argmax())
+            differences = []
+            for one, other in [("both", role) for role in NAMES[family] if role != "both"] + [
+                ("length", "base"),
+                ("direction", "base"),
+            ]:
+                best = [finals[role][int(validation[role].argmax())] for role in (one, other)]
+                curves = [methods[role]["curves"][drawn] for role in (one, other)]
+                differences.append(
+                    {
+                        "of": methods[one]["name"],
+                        "to": methods[other]["name"],
+                        "same_rate": over_seeds((finals[one] - finals[other]).T),
+                        "chosen_rates": over_seeds(best[0] - best[1]),
+                        "curves_apart": float(np.abs(curves[0] - curves[1]).mean()),
+                    }
+                )
+            title = f"NSF, p from 1/2 to {variant:g}" if family == "nsf" else "LCAM, low {}, high {}".format(*variant)
+            panels[title] = {"rates": rates, "drawn_rate": rates[drawn], "methods": methods, "differences": differences}
+    return panels
+
+
+def tables(panels: dict[str, Any]) -> str:
+    """Lay out the figures in Markdown."""
+    lines = []
+
+    def row(*cells: Any) -> None:
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+
+    def head(*cells: Any) -> None:
+        row(*cells)
+        row(*["---"] * len(cells))
+
+    for title, panel in panels.items():
+        rates = [f"rate {rate:g}" for rate in panel["rates"]]
+        has_phases = "low_share" in panel["methods"]["base"]
+        lines += ["", f"## {title}", ""]
+        head("test accuracy, % (loss)", *rates, *["low phases"] * has_phases)
+        for method in panel["methods"].values():
+            cells = []
+            for rate, (mean, error), loss in zip(
+                panel["rates"], method["test_accuracy"].T, method["test_loss"][0], strict=True
+            ):
+                cell = f"{mean:.1f} ± {error:.1f} ({loss:.3f})"
+                cells.append(f"**{cell}**" if rate == method["chosen_rate"] else cell)
+            shares = [f"{share:.2f}" for share in method["low_share"][0]] if has_phases else []
+            row(method["name"], *cells, *[", ".join(shares)] * has_phases)
+        lines.append("")
+        head("difference, points", *rates, "at the chosen rates", f"curves apart, rate {panel['drawn_rate']:g}")
+        for pair in panel["differences"]:
+            cells = [f"{mean:+.1f} ± {error:.1f}" for mean, error in [*pair["same_rate"].T, pair["chosen_rates"]]]
+            row(f"{pair['of']} - {pair['to']}", *cells, f"{pair['curves_apart']:.1f}")
+    return "\n".join(lines) + "\n"
+
+
+def draw(panels: dict[str, Any], path: Path) -> None:
+    """Draw the picture: a row for each panel, accuracy against the epoch and against the rate."""
+    plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
+    figure, axes = plt.subplots(len(panels), 2, figsize=(12, 4.2 * len(panels)), layout="constrained", squeeze=False)
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    for (title, panel), (curves, finals) in zip(panels.items(), axes, strict=True):
+        drawn = panel["rates"].index(panel["drawn_rate"])
+        for method, style in zip(panel["methods"].values(), STYLES, strict=True):
+            curve = method["curves"][drawn]
+            curves.plot(range(1, 1 + len(curve)), curve, label=method["name"], **style)
+            finals.errorbar(panel["rates"], *method["test_accuracy"], capsize=3, marker="o", markersize=4, **style)
+        curves.set(title=f"{next(letters)}. {title}: rate {panel['drawn_rate']:g}", xlabel="epoch")
+        finals.set(title=f"{next(letters)}. {title}: each rate", xlabel="learning rate", xscale="log")
+        finals.set_xticks(panel["rates"], [f"{rate:g}" for rate in panel["rates"]])
+        finals.minorticks_off()
+        for axis in (curves, finals):
+            axis.set_ylabel("test accuracy (%)")
+        curves.legend(fontsize=9, loc="lower right")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Train, write and print; returns the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="of direction_and_length.json, .md and .png, and of runs/")
+    add("--train_file", help="images and labels, as in image_classification.py (default: docstrings)")
+    add("--test_file", help="with --train_file, whose rest is for validation")
+    add("--epochs", type=int, default=8, help="(default: 8)")
+    add("--seeds", type=int, default=5, help="number of seeds (default: 5)")
+    add("--p_min", type=float, nargs="+", default=[0.25, 0.0, -0.25], help="ends of p's cycle from 1/2")
+    add("--nsf_rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates of AdamW and NSF")
+    add("--lcam_rates", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="learning rates of SGD and LCAM")
+    add("--bf16", action="store_true", help="compute in bfloat16 under autocast")
+    add("--jobs", type=int, default=joblib.cpu_count(), help="trainings at a time (default: one a core)")
+    args = sys.argv[1:] if args is None else args
+    options = parser.parse_args(args)
+    for name in ("epochs", "seeds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: give 1 or more")
+    if (options.train_file is None) != (options.test_file is None):
+        parser.error("--train_file and --test_file: give both or neither")
+    folder = options.output_dir / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    setting = {name: getattr(options, name) for name in ("train_file", "test_file", "epochs", "bf16")}
+    data = load_data(options.train_file, options.test_file)
+    trainings = plan(options)
+    jobs = []
+    for training in trainings:
+        file = folder / f"{'-'.join(map(str, training.values()))}.json"
+        jobs.append(joblib.delayed(train_to_file)(file, setting, data, **training))
+    runs = []
+    for training, found in zip(trainings, joblib.Parallel(options.jobs, return_as="generator")(jobs), strict=True):
+        runs.append({**training, **found})
+        shown = " ".join(str(value) for value in training.values() if value is not None)
+        print(f"{len(runs)} of {len(jobs)}: {shown}: {found['test_accuracy'][-1]:.4f}", flush=True)
+    panels = summarise(options, runs)
+    command = f"python examples/{Path(__file__).name} {shlex.join(args)}"
+    sizes = {name: len(labels) for name, (_, labels) in data.items()}
+    note = ", ".join(f"{size} for {name}" for name, size in sizes.items())
+    text = f"`{command}`\n\nRows: {note}. {options.seeds} seeds, mean ± standard error; final accuracy is a mean over "
+    text += "the last {nsf} epochs (NSF) or {lcam} (LCAM).\n".format(**LAST) + tables(panels)
+    results = {"command": command, "rows": sizes, "seeds": options.seeds, "epochs": options.epochs, "last_epochs": LAST}
+    results["panels"] = panels
+
+    def as_lists(x: np.ndarray) -> Any:
+        return np.round(x, 4).tolist()
+
+    name = options.output_dir / "direction_and_length"
+    name.with_suffix(".json").write_text(json.dumps(results, indent=1, default=as_lists) + "\n", encoding="utf-8")
+    name.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(panels, name.with_suffix(".png"))
+    print(text)
+    return results
+
+
+if __name__ == "__main__":
+    main()
