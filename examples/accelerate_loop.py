@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
-from embedded_data import DataTrainingArguments, compute_metrics, one_sentence
+from classification import DataTrainingArguments, compute_metrics, one_sentence
 from image_classification import ModelArguments, build_model, default_learning_rate, prepare
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, HfArgumentParser, get_linear_schedule_with_warmup

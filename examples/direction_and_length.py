@@ -23,26 +23,22 @@ import argparse
 import itertools
 import json
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import joblib
-import matplotlib
 import numpy as np
 import torch
-from embedded_data import SPLITS, DataTrainingArguments, load_splits, one_sentence
+from classification import DataTrainingArguments, load_splits, one_sentence
+from embedded_data import SPLITS
+from figures import command, markdown, over_seeds, plt, write
 from image_classification import ImagesInMemory, WideResNet
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
-from what_p_does import load_bags, over_seeds
+from what_p_does import load_bags
 
 from hf_nsf import LCAM, LossPhase, p_schedule
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
 
 Data = dict[str, tuple[np.ndarray, np.ndarray]]
 NAMES = {
@@ -232,89 +228,79 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
 def summarise(options: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of each panel: one for each end of p's cycle, and one for each pair of momenta."""
     panels = {}
-    for family, variants in (("nsf", options.p_min), ("lcam", PAIRS)):
+    for family, variant in [*(("nsf", p_min) for p_min in options.p_min), *(("lcam", pair) for pair in PAIRS)]:
         rates, last = getattr(options, f"{family}_rates"), LAST[family]
-        for variant in variants:
-            methods: dict[str, Any] = {}
-            finals, validation = {}, {}
-            for role, name in NAMES[family].items():
-                chosen = [run for run in runs if (run["family"], run["role"]) == (family, role)]
-                chosen = [run for run in chosen if run["variant"] in (None, variant)]
+        methods: dict[str, Any] = {}
+        finals, validation = {}, {}  # in %, of shape (rates, seeds) and (rates)
+        for role, name in NAMES[family].items():
+            own = [run for run in runs if (run["family"], run["role"]) == (family, role)]
+            by_rate = [[run for run in own if run["variant"] in (None, variant) and run["rate"] == r] for r in rates]
 
-                def values(key: str, chosen: list[dict[str, Any]] = chosen, rates: Any = rates) -> np.ndarray:
-                    return np.array([[run[key] for run in chosen if run["rate"] == rate] for rate in rates])
+            def values(key: str, by_rate: Any = by_rate) -> np.ndarray:
+                return np.array([[run[key] for run in some] for some in by_rate])
 
-                finals[role] = 100 * values("test_accuracy")[..., -last:].mean(-1)  # of shape (rates, seeds)
-                validation[role] = 100 * values("validation_accuracy")[..., -last:].mean((1, 2))
-                methods[role] = {
-                    "name": name,
-                    "chosen_rate": rates[int(validation[role].argmax())],
-                    "validation_accuracy": validation[role],
-                    "test_accuracy": over_seeds(finals[role].T),
-                    "test_loss": over_seeds(values("test_loss")[..., -last:].mean(-1).T),
-                    "curves": 100 * values("test_accuracy").mean(1),
-                }
-                if family == "lcam":
-                    methods[role]["low_share"] = over_seeds(values("low_share").T)
-            corners = ("base", *VARIED)
-            drawn = int(np.mean([validation[role] for role in corners], 0).argmax())
-            differences = []
-            for one, other in [("both", role) for role in NAMES[family] if role != "both"] + [
-                ("length", "base"),
-                ("direction", "base"),
-            ]:
+            finals[role] = 100 * values("test_accuracy")[..., -last:].mean(-1)
+            validation[role] = 100 * values("validation_accuracy")[..., -last:].mean((1, 2))
+            methods[role] = {
+                "name": name,
+                "chosen_rate": rates[int(validation[role].argmax())],
+                "validation_accuracy": validation[role],
+                "test_accuracy": over_seeds(finals[role].T),
+                "test_loss": over_seeds(values("test_loss")[..., -last:].mean(-1).T),
+                "curves": 100 * values("test_accuracy").mean(1),
+            }
+            if family == "lcam":
+                methods[role]["low_share"] = over_seeds(values("low_share").T)
+        drawn = int(np.mean([validation[role] for role in ("base", *VARIED)], 0).argmax())
+        differences = []
+        for one, other in [("length", "base"), ("direction", "base"), *(("both", role) for role in methods)]:
+            if one != other:
                 best = [finals[role][int(validation[role].argmax())] for role in (one, other)]
-                curves = [methods[role]["curves"][drawn] for role in (one, other)]
+                apart = np.abs(methods[one]["curves"][drawn] - methods[other]["curves"][drawn]).mean()
                 differences.append(
                     {
                         "of": methods[one]["name"],
                         "to": methods[other]["name"],
                         "same_rate": over_seeds((finals[one] - finals[other]).T),
                         "chosen_rates": over_seeds(best[0] - best[1]),
-                        "curves_apart": float(np.abs(curves[0] - curves[1]).mean()),
+                        "curves_apart": float(apart),
                     }
                 )
-            title = f"NSF, p from 1/2 to {variant:g}" if family == "nsf" else "LCAM, low {}, high {}".format(*variant)
-            panels[title] = {"rates": rates, "drawn_rate": rates[drawn], "methods": methods, "differences": differences}
+        title = f"NSF, p from 1/2 to {variant:g}" if family == "nsf" else "LCAM, low {}, high {}".format(*variant)
+        panels[title] = {"rates": rates, "drawn_rate": rates[drawn], "methods": methods, "differences": differences}
     return panels
 
 
 def tables(panels: dict[str, Any]) -> str:
     """Lay out the figures in Markdown."""
-    lines = []
-
-    def row(*cells: Any) -> None:
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-
-    def head(*cells: Any) -> None:
-        row(*cells)
-        row(*["---"] * len(cells))
-
+    text = ""
     for title, panel in panels.items():
         rates = [f"rate {rate:g}" for rate in panel["rates"]]
-        has_phases = "low_share" in panel["methods"]["base"]
-        lines += ["", f"## {title}", ""]
-        head("test accuracy, % (loss)", *rates, *["low phases"] * has_phases)
+        rows: list[list[Any]] = [["test accuracy, % (loss)", *rates]]
         for method in panel["methods"].values():
             cells = []
-            for rate, (mean, error), loss in zip(
-                panel["rates"], method["test_accuracy"].T, method["test_loss"][0], strict=True
+            for k, ((mean, error), loss) in enumerate(
+                zip(method["test_accuracy"].T, method["test_loss"][0], strict=True)
             ):
                 cell = f"{mean:.1f} ± {error:.1f} ({loss:.3f})"
-                cells.append(f"**{cell}**" if rate == method["chosen_rate"] else cell)
-            shares = [f"{share:.2f}" for share in method["low_share"][0]] if has_phases else []
-            row(method["name"], *cells, *[", ".join(shares)] * has_phases)
-        lines.append("")
-        head("difference, points", *rates, "at the chosen rates", f"curves apart, rate {panel['drawn_rate']:g}")
-        for pair in panel["differences"]:
-            cells = [f"{mean:+.1f} ± {error:.1f}" for mean, error in [*pair["same_rate"].T, pair["chosen_rates"]]]
-            row(f"{pair['of']} - {pair['to']}", *cells, f"{pair['curves_apart']:.1f}")
-    return "\n".join(lines) + "\n"
+                cell = f"**{cell}**" if panel["rates"][k] == method["chosen_rate"] else cell
+                cells.append(f"{cell}, {method['low_share'][0, k]:.2f} low" if "low_share" in method else cell)
+            rows.append([method["name"], *cells])
+        heads = ["difference, points", *rates, "at the chosen rates", f"curves apart, rate {panel['drawn_rate']:g}"]
+        differences = [
+            [
+                f"{pair['of']} - {pair['to']}",
+                *("{:+.1f} ± {:.1f}".format(*figures) for figures in [*pair["same_rate"].T, pair["chosen_rates"]]),
+                f"{pair['curves_apart']:.1f}",
+            ]
+            for pair in panel["differences"]
+        ]
+        text += f"\n## {title}\n\n{markdown(*rows)}\n{markdown(heads, *differences)}"
+    return text
 
 
-def draw(panels: dict[str, Any], path: Path) -> None:
+def draw(panels: dict[str, Any]) -> Any:
     """Draw the picture: a row for each panel, accuracy against the epoch and against the rate."""
-    plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
     figure, axes = plt.subplots(len(panels), 2, figsize=(12, 4.2 * len(panels)), layout="constrained", squeeze=False)
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     for (title, panel), (curves, finals) in zip(panels.items(), axes, strict=True):
@@ -323,15 +309,14 @@ def draw(panels: dict[str, Any], path: Path) -> None:
             curve = method["curves"][drawn]
             curves.plot(range(1, 1 + len(curve)), curve, label=method["name"], **style)
             finals.errorbar(panel["rates"], *method["test_accuracy"], capsize=3, marker="o", markersize=4, **style)
-        curves.set(title=f"{next(letters)}. {title}: rate {panel['drawn_rate']:g}", xlabel="epoch")
-        finals.set(title=f"{next(letters)}. {title}: each rate", xlabel="learning rate", xscale="log")
+        curves.set(title=f"{next(letters)}. {title}, rate {panel['drawn_rate']:g}", xlabel="epoch")
+        finals.set(title=f"{next(letters)}. The same, all rates", xlabel="learning rate", xscale="log")
         finals.set_xticks(panel["rates"], [f"{rate:g}" for rate in panel["rates"]])
         finals.minorticks_off()
         for axis in (curves, finals):
             axis.set_ylabel("test accuracy (%)")
         curves.legend(fontsize=9, loc="lower right")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    return figure
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -344,11 +329,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     add("--epochs", type=int, default=8, help="(default: 8)")
     add("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     add("--p_min", type=float, nargs="+", default=[0.25, 0.0, -0.25], help="ends of p's cycle from 1/2")
-    add("--nsf_rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates of AdamW and NSF")
+    add("--nsf_rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2], help="learning rates of AdamW and NSF")
     add("--lcam_rates", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="learning rates of SGD and LCAM")
     add("--bf16", action="store_true", help="compute in bfloat16 under autocast")
     add("--jobs", type=int, default=joblib.cpu_count(), help="trainings at a time (default: one a core)")
-    args = sys.argv[1:] if args is None else args
     options = parser.parse_args(args)
     for name in ("epochs", "seeds", "jobs"):
         if getattr(options, name) < 1:
@@ -370,22 +354,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         shown = " ".join(str(value) for value in training.values() if value is not None)
         print(f"{len(runs)} of {len(jobs)}: {shown}: {found['test_accuracy'][-1]:.4f}", flush=True)
     panels = summarise(options, runs)
-    command = f"python examples/{Path(__file__).name} {shlex.join(args)}"
     sizes = {name: len(labels) for name, (_, labels) in data.items()}
-    note = ", ".join(f"{size} for {name}" for name, size in sizes.items())
-    text = f"`{command}`\n\nRows: {note}. {options.seeds} seeds, mean ± standard error; final accuracy is a mean over "
-    text += "the last {nsf} epochs (NSF) or {lcam} (LCAM).\n".format(**LAST) + tables(panels)
-    results = {"command": command, "rows": sizes, "seeds": options.seeds, "epochs": options.epochs, "last_epochs": LAST}
-    results["panels"] = panels
-
-    def as_lists(x: np.ndarray) -> Any:
-        return np.round(x, 4).tolist()
-
-    name = options.output_dir / "direction_and_length"
-    name.with_suffix(".json").write_text(json.dumps(results, indent=1, default=as_lists) + "\n", encoding="utf-8")
-    name.with_suffix(".md").write_text(text, encoding="utf-8")
-    draw(panels, name.with_suffix(".png"))
-    print(text)
+    results = {"command": command(__file__, args), "seeds": options.seeds, "epochs": options.epochs, "rows": sizes}
+    results |= {"last_epochs": LAST, "panels": panels}
+    text = "{} rows to train, {} for validation, {} to test; ".format(*sizes.values())
+    text += f"{options.seeds} seeds, mean ± standard error; final accuracy is the mean over the last epochs, "
+    text += "{nsf} (NSF) or {lcam} (LCAM).\n**Bold**: the rate chosen on validation.\n".format(**LAST)
+    write(options.output_dir / "direction_and_length", results, text + tables(panels), draw(panels))
     return results
 
 

@@ -22,23 +22,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from classification import DataTrainingArguments, load_splits, train
 from datasets import Image
-from embedded_data import DataTrainingArguments, compute_metrics, load_digits_images, load_splits, one_sentence
+from embedded_data import load_digits_images
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, relu
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    set_seed,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
-
-import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
 
 
 @dataclass
@@ -151,7 +146,7 @@ class WideResNet(PreTrainedModel):
         return ImageClassifierOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
 
 
-def build_model(arguments: ModelArguments, label_names: list[str]) -> PreTrainedModel:
+def build_model(arguments: ModelArguments, label_names: list[str], processor: Any = None) -> PreTrainedModel:
     """Load the pretrained model, or make a new wide ResNet, for the given labels."""
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: k for k, name in enumerate(label_names)}}
     if arguments.model_name_or_path is not None:
@@ -191,45 +186,18 @@ def default_learning_rate(optim: str, pretrained: bool) -> float:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Parse the arguments, train, evaluate and save; wrong arguments or data end it with one sentence."""
-    with one_sentence():
-        parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
-        parser.set_defaults(
-            learning_rate=None,  # one that suits optimizer and model
-            num_train_epochs=10.0,
-            per_device_train_batch_size=64,
-            per_device_eval_batch_size=256,
-            warmup_steps=0.1,
-            eval_strategy="epoch",
-            save_strategy="no",
-            logging_steps=5.0,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-        )
-        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(args)
-        datasets, label_names, processor = prepare(model_arguments, data_arguments)
-        if training_arguments.learning_rate is None:
-            pretrained = model_arguments.model_name_or_path is not None
-            training_arguments.learning_rate = default_learning_rate(training_arguments.optim.value, pretrained)
-        set_seed(training_arguments.seed)
-        trainer = Trainer(
-            model=build_model(model_arguments, label_names),
-            args=training_arguments,
-            train_dataset=datasets["train"],
-            eval_dataset=datasets["validation"],
-            compute_metrics=compute_metrics,
-            processing_class=processor,
-        )
-
-    trained = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    results = {"train": trained.metrics, "eval": trainer.evaluate()}
-    if "test" in datasets:
-        results["test"] = trainer.evaluate(datasets["test"], metric_key_prefix="test")
-    for name, metrics in results.items():
-        trainer.log_metrics(name, metrics)
-        trainer.save_metrics(name, metrics)
+    """Train on images."""
+    train(
+        args,
+        ModelArguments,
+        prepare,
+        build_model,
+        default_learning_rate,
+        num_train_epochs=10.0,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=256,
+        remove_unused_columns=False,
+    )
 
 
 if __name__ == "__main__":

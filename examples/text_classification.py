@@ -17,23 +17,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from embedded_data import DataTrainingArguments, compute_metrics, load_docstring_sentences, load_splits, one_sentence
+from classification import DataTrainingArguments, load_splits, train
+from embedded_data import load_docstring_sentences
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
-    HfArgumentParser,
     ModernBertConfig,
     ModernBertForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    set_seed,
 )
-
-import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 # Weights start at the scale of their inputs; ModernBERT's own 0.02 suits layers of some 2,500 units. Embeddings are
@@ -69,6 +63,24 @@ def train_tokenizer(texts: list[str], vocabulary_size: int) -> PreTrainedTokeniz
     )
     names = ["input_ids", "attention_mask"]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **SPECIAL_TOKENS)
+
+
+def prepare(model_arguments: ModelArguments, data_arguments: DataTrainingArguments) -> tuple[Any, list[str], Any]:
+    """Load all but the model: the splits as tokens, the names of the labels, and the tokenizer."""
+    splits = load_splits(data_arguments, load_docstring_sentences, "text", "sentence")
+    for name, split in splits.items():
+        if not all(isinstance(text, str) for text in split["text"]):
+            raise ValueError(f"The texts of the {name} split must be strings; some are not, or are missing.")
+    if model_arguments.model_name_or_path is None:
+        tokenizer = train_tokenizer(splits["train"]["text"][:], model_arguments.vocabulary_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path)
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        return tokenizer(batch["text"], truncation=True, max_length=model_arguments.max_length)
+
+    names = splits["train"].features["labels"].names
+    return splits.map(tokenize, batched=True, remove_columns=["text"]), names, tokenizer
 
 
 # ---- model
@@ -112,59 +124,17 @@ def default_learning_rate(optim: str, pretrained: bool) -> float:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Parse the arguments, train, evaluate and save; wrong arguments or data end it with one sentence."""
-    with one_sentence():
-        parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
-        parser.set_defaults(
-            learning_rate=None,  # one that suits optimizer and model
-            num_train_epochs=3.0,
-            per_device_train_batch_size=32,
-            per_device_eval_batch_size=128,
-            warmup_steps=0.1,
-            eval_strategy="epoch",
-            save_strategy="no",
-            logging_steps=5.0,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(args)
-        splits = load_splits(data_arguments, load_docstring_sentences, "text", "sentence")
-        for name, split in splits.items():
-            if not all(isinstance(text, str) for text in split["text"]):
-                raise ValueError(f"The texts of the {name} split must be strings; some are not, or are missing.")
-        pretrained = model_arguments.model_name_or_path
-        if pretrained is None:
-            tokenizer = train_tokenizer(splits["train"]["text"][:], model_arguments.vocabulary_size)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(pretrained)
-        if training_arguments.learning_rate is None:
-            optim = training_arguments.optim.value
-            training_arguments.learning_rate = default_learning_rate(optim, pretrained is not None)
-
-        def tokenize(batch: dict[str, list]) -> dict[str, list]:
-            return tokenizer(batch["text"], truncation=True, max_length=model_arguments.max_length)
-
-        label_names = splits["train"].features["labels"].names
-        splits = splits.map(tokenize, batched=True, remove_columns=["text"])
-        set_seed(training_arguments.seed)
-        trainer = Trainer(
-            model=build_model(model_arguments, label_names, tokenizer),
-            args=training_arguments,
-            train_dataset=splits["train"],
-            eval_dataset=splits["validation"],
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=compute_metrics,
-            processing_class=tokenizer,
-        )
-
-    trained = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    results = {"train": trained.metrics, "eval": trainer.evaluate()}
-    if "test" in splits:
-        results["test"] = trainer.evaluate(splits["test"], metric_key_prefix="test")
-    for name, metrics in results.items():
-        trainer.log_metrics(name, metrics)
-        trainer.save_metrics(name, metrics)
+    """Train on texts."""
+    train(
+        args,
+        ModelArguments,
+        prepare,
+        build_model,
+        default_learning_rate,
+        num_train_epochs=3.0,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=128,
+    )
 
 
 if __name__ == "__main__":
