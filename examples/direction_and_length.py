@@ -29,13 +29,12 @@ from typing import Any
 import joblib
 import numpy as np
 import torch
-from classification import DataTrainingArguments, load_splits, one_sentence
+from classification import DataTrainingArguments, one_sentence
 from embedded_data import SPLITS
 from figures import command, markdown, over_seeds, plt, write
-from image_classification import ImagesInMemory, WideResNet
+from image_classification import ModelArguments, build_model, prepare
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedConfig
 from what_p_does import load_bags
 
 from hf_nsf import LCAM, LossPhase, p_schedule
@@ -120,15 +119,15 @@ def load_data(train_file: str | None, test_file: str | None) -> Data:
     sizes = {"max_train_samples": TRAIN_IMAGES, "max_eval_samples": TEST_IMAGES}
     arguments = DataTrainingArguments(train_file=train_file, test_file=test_file, **sizes)
     with one_sentence():
-        splits = load_splits(arguments, dict, "image", "img")
-        images = {name: ImagesInMemory(splits[name], (IMAGE_SIZE, IMAGE_SIZE)) for name in SPLITS}
+        images, _, _ = prepare(ModelArguments(image_size=IMAGE_SIZE), arguments)
     return {name: (split.images.numpy(), split.labels.numpy()) for name, split in images.items()}
 
 
 def build(inputs: np.ndarray, classes: int) -> nn.Module:
     """Make a network for images, or for bags of words."""
     if inputs.ndim == 4:
-        return WideResNet(PreTrainedConfig(depth=10, width=1, num_labels=classes)).to(memory_format=torch.channels_last)
+        model = build_model(ModelArguments(architecture="wrn-10-1"), [str(label) for label in range(classes)])
+        return model.to(memory_format=torch.channels_last)
     layers = [nn.Dropout(0.5), nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, classes)]
     return nn.Sequential(*layers)
 
