@@ -146,7 +146,7 @@ def run(seeds: int, sst2: str | None, quick: bool) -> dict[str, Any]:
 
     def each_seed(experiment: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
         runs = (joblib.delayed(experiment)(seed, *arguments) for seed in range(seeds))
-        return np.stack(joblib.Parallel(n_jobs=min(seeds, joblib.cpu_count()))(runs))
+        return np.stack(joblib.Parallel(n_jobs=1 if quick else min(seeds, joblib.cpu_count()))(runs))
 
     bags = load_bags(sst2)
     moments, steps, epochs = ([2, 4], 5, 0.05) if quick else ([200, 1000], 800, 3)

@@ -108,24 +108,40 @@ def test_resumes_bit_for_bit_at_the_end_of_an_epoch(optim, tmp_path, fresh):
     assert same(run_job(command_line(tmp_path, optim, "--resume_from_checkpoint", checkpoint)), held)
 
 
+@pytest.mark.parametrize("first_scale", [None, 2.0**127])
 @pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_the_values_of_each_update(optim, fresh):
-    held, _ = whole(optim)
+def test_the_values_of_each_update(optim, first_scale, tmp_path, fresh):
+    """Without a loss scaler, and with the CPU's: its first scale overflows, and it doubles until it does so again."""
+    held = whole(optim)[0] if first_scale is None else run_job(command_line(tmp_path, optim), first_scale=first_scale)
     log, group = held["report"]["log"], held["optimizer"]["param_groups"][0]
-    rate = float(RATES[optim])
-    schedule = [min(k / 1, (UPDATES - k) / (UPDATES - 1)) for k in range(UPDATES)]
-    assert [entry["lr"] for entry in log] == pytest.approx([rate * part for part in schedule])
-    if optim == "nsf":
-        assert [entry["p"] for entry in log] == p_schedule(range(UPDATES), cycles=3, total_steps=UPDATES)
-        assert held["optimizer"]["state"][0]["step"] == UPDATES
+    made = held["scheduler"]["last_epoch"]
+    # The schedule moves on with every update that was made, and with no other.
+    schedule = [float(RATES[optim]) * min(k, (UPDATES - k) / (UPDATES - 1)) for k in range(UPDATES + 1)]
+    rates = [entry["lr"] for entry in log] + held["scheduler"]["_last_lr"]
+    skipped = [rates[index] == rates[index + 1] for index in range(UPDATES)]
+    assert sum(skipped) == UPDATES - made
+    if first_scale is not None:
+        assert skipped[0] and 0 < sum(skipped[-AN_EPOCH:]) < AN_EPOCH
+    phase, exponents = LossPhase(LCAM([torch.zeros(1)])), p_schedule(range(UPDATES), cycles=3, total_steps=UPDATES)
+    expected, done = phase.optimizer.param_groups[0], 0
+    for index, entry in enumerate(log):
+        if index % AN_EPOCH == 0:
+            phase.start_epoch()
+        assert entry["lr"] == pytest.approx(schedule[done])
+        if optim == "lcam":
+            assert entry["momentum"] == expected["momentum"]
+        elif not skipped[index]:
+            assert entry["p"] == exponents[done]
+        phase.step(entry["loss"], skipped[index] or index % AN_EPOCH == AN_EPOCH - 1)  # the last has one micro-batch
+        done += not skipped[index]
+    if optim == "lcam":
+        assert len({entry["momentum"] for entry in log}) == 2 and group["loss_count"] == expected["loss_count"]
+        assert group["loss_mean"] == pytest.approx(expected["loss_mean"])
     else:
-        phase = LossPhase(LCAM([torch.zeros(1)]))
-        for index, entry in enumerate(log):
-            if index % AN_EPOCH == 0:
-                phase.start_epoch()
-            assert entry["momentum"] == phase.optimizer.param_groups[0]["momentum"]
-            phase.step(entry["loss"], skipped=index % AN_EPOCH == AN_EPOCH - 1)  # of one micro-batch
-        assert group["loss_count"] == AN_EPOCH - 1 and len({entry["momentum"] for entry in log}) == 2
+        assert held["optimizer"]["state"][0]["step"] == made
+    if first_scale is not None:
+        args = command_line(tmp_path / "resumed", optim, "--resume_from_checkpoint", tmp_path / "checkpoint-6")
+        assert same(run_job(args, first_scale=first_scale), held)
 
 
 def test_the_loss_and_the_gradient_are_those_of_the_whole_update(tmp_path, fresh):
@@ -145,38 +161,6 @@ def test_a_killed_save_is_passed_over(tmp_path, fresh):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-6", "partial-checkpoint"}
     assert same(run_job(args), whole("lcam")[0])
     assert not (tmp_path / "partial-checkpoint").exists()
-
-
-@pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_skipped_fp16_updates_move_nothing(optim, tmp_path, fresh):
-    """With the CPU's scaler: its first scale overflows, and it doubles after each update until it overflows again."""
-    args = command_line(tmp_path / "whole", optim)
-    held = run_job(args, first_scale=2.0**127)
-    log, group = held["report"]["log"], held["optimizer"]["param_groups"][0]
-    made = held["scheduler"]["last_epoch"]
-    # The schedule moves on with every update that was made, and with no other.
-    rates = [entry["lr"] for entry in log] + held["scheduler"]["_last_lr"]
-    skipped = [rates[index] == rates[index + 1] for index in range(UPDATES)]
-    assert skipped[0] and sum(skipped) == UPDATES - made
-    assert 0 < sum(skipped[-AN_EPOCH:]) < AN_EPOCH
-    phase, done = LossPhase(LCAM([torch.zeros(1)])), 0
-    exponents = p_schedule(range(UPDATES), cycles=3, total_steps=UPDATES)
-    for index, entry in enumerate(log):
-        if index % AN_EPOCH == 0:
-            phase.start_epoch()
-        if optim == "lcam":
-            assert entry["momentum"] == phase.optimizer.param_groups[0]["momentum"]
-        elif not skipped[index]:
-            assert entry["p"] == exponents[done]
-        phase.step(entry["loss"], skipped[index] or index % AN_EPOCH == AN_EPOCH - 1)
-        done += not skipped[index]
-    if optim == "lcam":
-        assert group["loss_mean"] == pytest.approx(phase.optimizer.param_groups[0]["loss_mean"])
-        assert group["loss_count"] == phase.optimizer.param_groups[0]["loss_count"]
-    step = held["optimizer"]["state"][0].get("step")
-    assert step is None or step == made
-    resumed = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-6"]
-    assert same(run_job(command_line(tmp_path / "resumed", optim, *resumed), first_scale=2.0**127), held)
 
 
 def test_bf16_autocast(tmp_path, fresh):

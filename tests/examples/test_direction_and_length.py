@@ -104,10 +104,9 @@ def test_runs_end_to_end_and_repeats_no_training(tmp_path, monkeypatch):
     before = {file: json.loads(file.read_text()) for file in runs}
     runs[0].write_text(runs[0].read_text()[:40])  # damaged
     runs[1].write_text(json.dumps({**before[runs[1]], "training": {}}))  # another training's
-    direction_and_length.main([*args, "1"])
-    assert len(trained) == 2 and {file: json.loads(file.read_text()) for file in runs} == before
     direction_and_length.main([*args, "2"])
-    assert len(trained) == 2 + 15 and {each["seed"] for each in trained[2:]} == {1}
+    assert len(trained) == 2 + 15 and [each["seed"] for each in trained] == [0] * 2 + [1] * 15
+    assert {file: json.loads(file.read_text()) for file in runs} == before
 
     name = tmp_path / "out" / "direction_and_length"
     written = json.loads(name.with_suffix(".json").read_text())

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import classification
+import direction_and_length
 import embedded_data
 import image_classification
 import numpy as np
@@ -67,8 +69,8 @@ def write(folder, files):
 
 def load(flags, *usual):
     """What the scripts load for these flags."""
-    parser = HfArgumentParser(embedded_data.DataTrainingArguments)
-    return embedded_data.load_splits(*parser.parse_args_into_dataclasses([*map(str, flags)]), DatasetDict, *usual)
+    parser = HfArgumentParser(classification.DataTrainingArguments)
+    return classification.load_splits(*parser.parse_args_into_dataclasses([*map(str, flags)]), DatasetDict, *usual)
 
 
 # ---- embedded data and metric
@@ -125,7 +127,7 @@ def test_metrics_equal_scikit_learn():
         "macro_f1": f1_score(labels, logits.argmax(-1), average="macro"),
     }
     for predictions in (logits, (logits, logits)):
-        assert embedded_data.compute_metrics(EvalPrediction(predictions, labels)) == pytest.approx(expected)
+        assert classification.compute_metrics(EvalPrediction(predictions, labels)) == pytest.approx(expected)
 
 
 # ---- data of the user's
@@ -249,24 +251,26 @@ def test_bad_input_of_the_text_script(tmp_path, files, flags, sentence):
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize("value", [b"not an image", "gone.png", 3])
-def test_unreadable_images_are_one_sentence(tmp_path, value):
-    good = {bytes: digit_png(), str: str(tmp_path / "good.png"), int: 4}[type(value)]
-    (tmp_path / "good.png").write_bytes(digit_png())
-    Dataset.from_dict({"image": [good, value] * 4, "label": [0, 1] * 4}).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(SystemExit, match="error: (The image in row . cannot be read|Unsupported cast from int64)"):
-        image_classification.main(["--output_dir", str(tmp_path), "--train_file", str(tmp_path / "train.parquet")])
-
-
-def test_bad_options_of_the_image_script(tmp_path):
-    for flags, sentence in (
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
         (["--architecture", "resnet"], "give wrn-DEPTH-WIDTH"),
         (["--optim", "lcam", "--optim_args", "low_loss_momentum=2"], "allowed is a number in [0, 1)"),
-        (["--model_name_or_path", str(tmp_path)], "error: "),
-    ):
-        with pytest.raises(SystemExit) as caught:
-            image_classification.main(["--output_dir", str(tmp_path), *flags])
-        assert sentence in str(caught.value) and "\n" not in str(caught.value)
+        (["--model_name_or_path", "."], "error: "),
+        ([b"not an image"], "The image in row "),
+        (["gone.png"], "The image in row "),
+        ([3], "Unsupported cast from int64"),
+    ],
+)
+def test_bad_input_of_the_image_script(tmp_path, flags, sentence):
+    if len(flags) == 1:  # every second image is this
+        (tmp_path / "good.png").write_bytes(digit_png())
+        good = {bytes: digit_png(), str: str(tmp_path / "good.png"), int: 4}[type(flags[0])]
+        Dataset.from_dict({"image": [good, *flags] * 4, "label": [0, 1] * 4}).to_parquet(tmp_path / "train.parquet")
+        flags = ["--train_file", str(tmp_path / "train.parquet")]
+    with pytest.raises(SystemExit) as caught:
+        image_classification.main(["--output_dir", str(tmp_path), *flags])
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---- end to end
@@ -299,25 +303,43 @@ def test_a_pretrained_model_and_images_on_demand(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["9"] == "9"
 
 
-def test_best_exponent_is_the_top_of_the_parabola():
-    exponents = [-0.5, -0.25, 0.0, 0.25, 0.5]
-    assert what_p_does.best_exponent(exponents, [-((p - 0.1) ** 2) for p in exponents]) == pytest.approx(0.1)
-    assert what_p_does.best_exponent(exponents, [-p for p in exponents]) == -0.5
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ([90.0, 94.0, 96.0], 75.0),
+        ([90.0, 95.0, 94.0], 80.0),
+        ([96.0, 97.0, 98.0], math.nan),
+        ([1.0, 2.0, 3.0], math.nan),
+    ],
+)
+def test_fronts_are_compared_where_the_source_reaches_95_percent(source, expected):
+    found = what_p_does.worst_at_source(np.array(source), np.array([85.0, 80.0, 70.0]))
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_what_p_does_quickly(tmp_path, small_docstrings, capsys):
     results = what_p_does.main(["--output_dir", str(tmp_path), "--quick", "--seeds", "2"])
     written = json.loads((tmp_path / "what_p_does.json").read_text())
-    accuracy = results["words"]["accuracy"]
-    assert written["words"]["accuracy"] == {"mean": accuracy[0].tolist(), "error": accuracy[1].tolist()}
-    assert accuracy.shape == (2, 5) and 0 < written["features"]["adam"]["worst"]["mean"][0][0] < 1
-    source, cross, worst = (results["features"]["none"][part][0] for part in ("source", "cross", "worst"))
-    assert source.shape == (2, 11) and (worst <= cross).all() and (cross <= source).all()
+    text = (tmp_path / "what_p_does.md").read_text()
+    assert text.startswith(f"`{written['command']}`") and text.partition("\n\n")[2] in capsys.readouterr().out
+    features = written["features"]
+    source, worst, best = (np.array(features[part][0]) for part in ("source", "worst", "best_worst"))
+    assert source.shape == (6, 2) and (worst <= source).all() and best == pytest.approx(worst.max(1))
+    assert features["worst_at_source"][0][4] is None and "| p = 0.5 | " in text  # after five steps nothing reaches 95 %
+    assert written["words"]["accuracy"][0] == pytest.approx(results["words"]["accuracy"][0], abs=1e-4)
+    assert f"{written['words']['accuracy'][0][0]:.1f} ± " in text and "topics of docstrings" in text
     with PIL.Image.open(tmp_path / "what_p_does.png") as picture:
         assert min(picture.size) > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
-    assert "topics of docstrings" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: Unable to find .*train.parquet"):
         what_p_does.main(["--output_dir", str(tmp_path), "--sst2", str(tmp_path)])
+
+
+def test_bags_of_the_commonest_words(small_docstrings):
+    data = direction_and_length.load_data(None, None)
+    x, y = data["train"]
+    assert x.shape == (len(y), direction_and_length.WORDS) and x.max() == 1
+    rare, common = (counts := np.sort(x.sum(0, dtype=int)))[0], counts[-1]
+    assert 2 <= rare < common < len(y) and {len(words[0][0]) for words in data.values()} == {x.shape[1]}
 
 
 @pytest.mark.slow
