@@ -217,7 +217,7 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
     trainings = []
     rates = {"nsf": options.nsf_rates, "lcam": options.lcam_rates}
     variants = {"nsf": options.p_min, "lcam": PAIRS}
-    for seed, family in itertools.product(range(options.seeds), NAMES):
+    for seed, family in itertools.product(range(options.seeds), options.methods):
         for role, rate in itertools.product(NAMES[family], rates[family]):
             for variant in variants[family] if role in VARIED else [None]:
                 trainings.append({"family": family, "variant": variant, "role": role, "rate": rate, "seed": seed})
@@ -227,7 +227,8 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
 def summarise(options: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of each panel: one for each end of p's cycle, and one for each pair of momenta."""
     panels = {}
-    for family, variant in [*(("nsf", p_min) for p_min in options.p_min), *(("lcam", pair) for pair in PAIRS)]:
+    all_panels = [*(("nsf", p_min) for p_min in options.p_min), *(("lcam", pair) for pair in PAIRS)]
+    for family, variant in (panel for panel in all_panels if panel[0] in options.methods):
         rates, last = getattr(options, f"{family}_rates"), LAST[family]
         methods: dict[str, Any] = {}
         finals, validation = {}, {}  # in %, of shape (rates, seeds) and (rates)
@@ -327,6 +328,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     add("--test_file", help="with --train_file, whose rest is for validation")
     add("--epochs", type=int, default=8, help="(default: 8)")
     add("--seeds", type=int, default=5, help="number of seeds (default: 5)")
+    add("--methods", nargs="+", choices=NAMES, default=[*NAMES], help="whose steps to take apart (default: both)")
     add("--p_min", type=float, nargs="+", default=[0.25, 0.0, -0.25], help="ends of p's cycle from 1/2")
     add("--nsf_rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2], help="learning rates of AdamW and NSF")
     add("--lcam_rates", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="learning rates of SGD and LCAM")
