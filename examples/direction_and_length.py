@@ -301,7 +301,7 @@ def tables(panels: dict[str, Any]) -> str:
 
 def draw(panels: dict[str, Any]) -> Any:
     """Draw the picture: a row for each panel, accuracy against the epoch and against the rate."""
-    figure, axes = plt.subplots(len(panels), 2, figsize=(12, 4.2 * len(panels)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(panels), 2, figsize=(14, 4.2 * len(panels)), layout="constrained", squeeze=False)
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     for (title, panel), (curves, finals) in zip(panels.items(), axes, strict=True):
         drawn = panel["rates"].index(panel["drawn_rate"])
@@ -315,7 +315,7 @@ def draw(panels: dict[str, Any]) -> Any:
         finals.minorticks_off()
         for axis in (curves, finals):
             axis.set_ylabel("test accuracy (%)")
-        curves.legend(fontsize=9, loc="lower right")
+        finals.legend(*curves.get_legend_handles_labels(), fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
