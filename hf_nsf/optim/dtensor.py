@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an optimizer needs to know of sharded parameters (DTensor: FSDP2, tensor parallelism)."""
+"""Sharded parameters (DTensor: FSDP2, tensor parallelism): the shards of a step and the sums over them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,33 +11,32 @@ from torch import Tensor
 
 def is_sharded(tensor: Any) -> bool:
     """Whether this is a DTensor."""
-    if type(tensor) in (torch.nn.Parameter, Tensor):  # nearly always, and faster than asking for attributes
-        return False
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
 def to_local(value: Any) -> Any:
-    """This process's shard of a DTensor, sharing its memory; anything else as it is."""
+    """This process's shard of a DTensor, sharing its memory; anything else unchanged."""
     return value.to_local() if is_sharded(value) else value
 
 
-def grad_shards(params: list[Any]) -> Iterator[Tensor]:
-    """Give the part of each gradient that belongs to this process's shard of the parameter, one after the other.
+def grad_shards(params: list[Any]) -> dict[Any, Tensor]:
+    """The part of each gradient that belongs to this process's shard of the parameter.
 
     Gradients that arrive as partial sums (those of norms and biases under tensor parallelism) are summed together, in
-    one collective per mesh dimension and dtype. What else differs from the parameter's placements, torch redistributes.
+    one collective per mesh dimension and dtype. torch redistributes all others whose placements are not their
+    parameter's.
     """
     values = [param.grad.to_local() for param in params]
     placements = [list(param.grad.placements) for param in params]
-    buckets: dict[tuple[Any, int, torch.dtype], list[int]] = {}
+    partial_sums: dict[tuple[Any, int, torch.dtype], list[int]] = {}
     for i, param in enumerate(params):
         if param.grad.placements == param.placements:
             continue
         partial = [dim for dim, place in enumerate(placements[i]) if place.is_partial()]
         if all(_is_sum(placements[i][dim]) for dim in partial):  # sums do not commute with a maximum over other shards
             for dim in partial:
-                buckets.setdefault((param.grad.device_mesh, dim, param.grad.dtype), []).append(i)
-    for (mesh, dim, _), members in buckets.items():
+                partial_sums.setdefault((param.grad.device_mesh, dim, param.grad.dtype), []).append(i)
+    for (mesh, dim, _), members in partial_sums.items():
         flat = torch.cat([values[i].reshape(-1) for i in members])
         if mesh.size(dim) > 1:
             torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
@@ -46,41 +44,39 @@ def grad_shards(params: list[Any]) -> Iterator[Tensor]:
             values[i] = part.view(values[i].shape)
             placements[i][dim] = torch.distributed.tensor.Replicate()
     for i, param in enumerate(params):
-        value, grad = values[i], param.grad
         if placements[i] != list(param.placements):
-            grad = grad.from_local(
-                value, grad.device_mesh, placements[i], run_check=False, shape=grad.shape, stride=grad.stride()
+            grad = param.grad.from_local(
+                values[i],
+                param.grad.device_mesh,
+                placements[i],
+                run_check=False,
+                shape=param.grad.shape,
+                stride=param.grad.stride(),
             )
-            value = grad.redistribute(param.device_mesh, param.placements).to_local()
-        yield value
+            values[i] = grad.redistribute(param.device_mesh, param.placements).to_local()
+    return dict(zip(params, values, strict=True))
 
 
 def _is_sum(placement: Any) -> bool:
-    """Whether the shards are to be added; subclasses of torch's Partial have work of their own to do."""
+    """Whether the shards are to be added; subclasses of torch's Partial are reduced in their own way."""
     return type(placement).__name__ == "Partial" and placement.reduce_op == "sum"
 
 
-def sum_over_shards(values: list[Tensor], meshes: list[Any], placements: list[Any]) -> list[Tensor]:
-    """Sum each value over the shards of its tensor; all values of a mesh dimension travel in one collective.
+def sum_over_shards(params: list[Any], values: list[Tensor]) -> None:
+    """Sum values over the shards of their DTensors, in place; one collective per mesh dimension.
 
     Args:
-        values: of equal shape, each computed from this process's shard of a DTensor.
-        meshes: the device mesh of each DTensor.
-        placements: the placements of each DTensor.
-
-    Returns:
-        The sums, equal on all processes of a mesh.
+        params: DTensors.
+        values: for each, a value of its local shard; all of equal shape.
     """
-    sums = list(values)
-    for mesh in dict.fromkeys(meshes):
-        members = [i for i, other in enumerate(meshes) if other == mesh]
+    for mesh in dict.fromkeys(param.device_mesh for param in params):
+        members = [(q.placements, value) for q, value in zip(params, values, strict=True) if q.device_mesh == mesh]
         for dim in range(mesh.ndim):
-            if mesh.size(dim) == 1 or all(placements[i][dim].is_replicate() for i in members):
+            if mesh.size(dim) == 1 or all(placements[dim].is_replicate() for placements, _ in members):
                 continue
-            # Replicas would be counted once each, so they count as their share.
-            shares = [1 / mesh.size(dim) if placements[i][dim].is_replicate() else 1.0 for i in members]
-            stacked = torch.stack([sums[i] * share for i, share in zip(members, shares, strict=True)])
+            # Each replica adds its share of a value, so that together they count it once.
+            shares = [1 / mesh.size(dim) if placements[dim].is_replicate() else 1.0 for placements, _ in members]
+            stacked = torch.stack([share * value for share, (_, value) in zip(shares, members, strict=True)])
             torch.distributed.all_reduce(stacked, group=mesh.get_group(dim))
-            for i, value in zip(members, stacked.unbind(), strict=True):
-                sums[i] = value
-    return sums
+            for total, (_, value) in zip(stacked, members, strict=True):
+                value.copy_(total)

@@ -14,7 +14,7 @@ from .checks import check_choice, check_within
 
 DEFAULT_P_MIN, DEFAULT_P_MAX, DEFAULT_SHAPE = 0.25, 0.5, "cosine"
 DEFAULT_CYCLES, DEFAULT_CYCLE_STEPS = 16, 100
-LARGEST_P, LARGEST_COUNT = 100.0, 1e9
+LEAST_P, LARGEST_P, LARGEST_COUNT = -1.0, 1.0, 1e9
 _LEAST_DEFAULT_PERIOD, _LEAST_PERIOD = 8, 4
 CYCLE_OPTIONS = ("p", "p_min", "p_max", "cycle_steps", "cycles", "total_steps", "cycle_shape")
 
@@ -47,7 +47,7 @@ def check_cycle(options: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(
                     f"Invalid {name}: {name}={value!r} is not allowed with a constant p={found['p']!r}; give one."
                 )
-        return {**dict.fromkeys(CYCLE_OPTIONS), "p": check_within("p", found["p"], -LARGEST_P, LARGEST_P)}
+        return {**dict.fromkeys(CYCLE_OPTIONS), "p": check_within("p", found["p"], LEAST_P, LARGEST_P)}
     if "cycles" in found and "cycle_steps" in found:
         raise ValueError(
             f"Invalid cycles: cycles={found['cycles']!r} is not allowed with cycle_steps={found['cycle_steps']!r}; "
@@ -55,7 +55,7 @@ def check_cycle(options: dict[str, Any]) -> dict[str, Any]:
         )
     checked: dict[str, Any] = dict.fromkeys(CYCLE_OPTIONS)
     for name, default in (("p_min", DEFAULT_P_MIN), ("p_max", DEFAULT_P_MAX)):
-        checked[name] = check_within(name, found.get(name, default), -LARGEST_P, LARGEST_P)
+        checked[name] = check_within(name, found.get(name, default), LEAST_P, LARGEST_P)
     if checked["p_min"] > checked["p_max"]:
         raise ValueError(
             f"Invalid p_min: p_min={checked['p_min']!r} is above p_max={checked['p_max']!r}; allowed is p_min <= p_max."
@@ -69,20 +69,18 @@ def check_cycle(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps_and_cycles(options: dict[str, Any]) -> tuple[Any, Any]:
-    """A number of updates, and how many cycles they hold."""
+    """A number of updates, and the number of cycles in them."""
     if options["cycle_steps"] is not None:
         return options["cycle_steps"], 1
     total, cycles = options["total_steps"], options["cycles"]
-    if lacks_total(options):
+    if total is None and cycles is not None:
         raise ValueError(
             f"Invalid cycles: cycles={cycles!r} needs total_steps, the number of updates of the whole training; "
             "a Trainer's callback fills it in."
         )
-    if cycles is not None:
-        return total, cycles
     if total is None:
         return DEFAULT_CYCLE_STEPS, 1
-    return total, max(1, min(DEFAULT_CYCLES, total // _LEAST_DEFAULT_PERIOD))
+    return total, max(1, min(DEFAULT_CYCLES, total // _LEAST_DEFAULT_PERIOD)) if cycles is None else cycles
 
 
 def lacks_total(options: dict[str, Any]) -> bool:
@@ -91,26 +89,27 @@ def lacks_total(options: dict[str, Any]) -> bool:
 
 
 def p_at(k: float, options: dict[str, Any]) -> float:
-    """The exponent of the update that follows `k` updates.
+    """The exponent of the update after `k` updates.
 
     Args:
         k: number of updates made.
         options: as :func:`check_cycle` returns them; a parameter group of :class:`hf_nsf.NSF` is one.
 
     Raises:
-        ValueError: `cycles` is given without `total_steps`.
+        ValueError: `cycles` is given without `total_steps`, or a constant p was set to a value outside of [-1, 1].
     """
     if options["p"] is not None:
-        return float(options["p"])
+        p = float(options["p"])
+        return p if LEAST_P <= p <= LARGEST_P else check_within("p", p, LEAST_P, LARGEST_P)
     steps, cycles = _steps_and_cycles(options)
-    # Not k mod (steps / cycles), whose rounding would put some k at the end of a cycle rather than its beginning.
+    # Not k mod (steps / cycles): its rounding would put some k at the end of a cycle instead of its beginning.
     weight = _SHAPES[options["cycle_shape"]](k * cycles % steps / steps)
     low, high = options["p_min"], options["p_max"]
     return float(low + (high - low) * weight)
 
 
 def short_period(options: dict[str, Any]) -> float | None:
-    """The period in updates if one of less than 4, which can hardly be a cycle, is asked for; else None."""
+    """The period in updates if an explicit one is below 4, which can hardly be a cycle; else None."""
     if options["p"] is not None or options["cycle_steps"] is None and options["cycles"] is None:
         return None
     steps, cycles = _steps_and_cycles(options)
@@ -135,8 +134,8 @@ def p_schedule(
 
     Args:
         steps: numbers k of updates made before.
-        p: a constant exponent instead of a cycle.
-        p_min: lowest exponent, default 0.25.
+        p: a constant exponent in [-1, 1] instead of a cycle.
+        p_min: lowest exponent in [-1, 1], default 0.25.
         p_max: highest exponent, default 0.5; training begins there.
         cycle_steps: period in updates, default 100 without `total_steps`; or
         cycles: number of cycles over `total_steps`, default 16 (fewer if a period had less than 8 updates).
