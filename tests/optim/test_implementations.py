@@ -26,8 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 NAMES = ["eager", "reference", pytest.param("numba", marks=needs_numba)]
-NAMES += [pytest.param("triton", marks=pytest.mark.skipif(
-    not (INTERPRETED or HAS_TRITON and torch.cuda.is_available()), reason="needs a GPU, or to be interpreted"))]  # fmt: skip
+can_run_triton = INTERPRETED or HAS_TRITON and torch.cuda.is_available()
+NAMES += [pytest.param("triton", marks=pytest.mark.skipif(not can_run_triton, reason="needs a GPU, or to interpret"))]
 PS = (0.5, 0.25, 0.0, -0.25, -0.5, -0.75, -1.0, 0.75, 1.0, 0.1)
 SHAPES = ((41,), (0,), (8, 3), (), (1,))
 SMALL = 32  # elements of a chunk
@@ -46,7 +46,7 @@ class Stepper:
         self.name, self.device = name, "cuda" if name == "triton" and not INTERPRETED else "cpu"
         if name in ("numba", "triton"):
             module = importlib.import_module(f"hf_nsf.optim.kernels.{'cpu' if name == 'numba' else 'gpu'}")
-            for constant, value in (("CHUNK", SMALL), ("BLOCK", 16), ("SHARE", 1)):
+            for constant, value in (("CHUNK", SMALL), ("BLOCK", SMALL), ("SHARE", 1)):
                 if hasattr(module, constant):
                     monkeypatch.setattr(module, constant, value)
             self.functions = Implementation(module.update_moments, module.apply_update, module.whole_step)
@@ -175,8 +175,8 @@ def test_multiplying_all_gradients_changes_nothing(stepper):
             if scale == 1e-12 and p < -0.5:
                 continue  # beyond the range of the weights
             s = dataclasses.replace(START, p=p, lr=1.0, eps=0.0, weight_decay=0.0)
-            bucket = make_bucket(stepper, s, shapes=((20,), (90,)), fill=torch.zeros)
-            drive(stepper, bucket, 3, scale)
+            bucket = make_bucket(stepper, s, shapes=((50,),), fill=torch.zeros)
+            drive(stepper, bucket, 2, scale)
             results.append(values(bucket))
         for other in results[1:]:
             for a, b in zip(other, results[0], strict=True):
@@ -187,7 +187,7 @@ def test_multiplying_all_gradients_changes_nothing(stepper):
 def test_zero_gradients_move_nothing(stepper):
     """All of one tensor, and some of another; without eps, too."""
     for grafting in ("adam", "none"):
-        for p in PS:
+        for p in (0.5, 0.1, 0.0, -0.5, -1.0, 1.0):
             for eps in (1e-8, 0.0):
                 s = dataclasses.replace(START, p=p, eps=eps, grafting=grafting, lr=0.1, weight_decay=0.0)
                 bucket = make_bucket(stepper, s, shapes=((50,), (40,)), fill=torch.ones)
