@@ -63,7 +63,7 @@ CLAIMS = [
     ("fp16 steps skipped by a GradScaler", ["tests/trainer/test_fp16.py"]),
     ("a GPU (skipped where there is none)", ["tests/trainer/test_devices.py"]),
     ("Triton kernels, interpreted on a CPU and compiled for sm_80 and sm_90; numba kernels",
-     ["tests/optim/test_gpu_kernels.py", "tests/optim/test_cpu_kernels.py"]),
+     ["tests/optim/test_implementations.py", "tests/optim/test_kernels.py"]),
 ]  # fmt: skip
 START, END = "<!-- support: written by tests/run_support.py -->\n", "<!-- end of support -->\n"
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels prove themselves before they are used; numba's arithmetic, threads and cache."""
 
+import importlib.util
 import os
 import types
 import warnings
@@ -39,10 +40,10 @@ def apply_of_wrong_length(bucket):
 
 
 def apply_up_to_a_chunk(bucket):
-    ends = [q[kernels_chunk:].clone() for q in bucket.params]
+    ends = [q[A_CHUNK:].clone() for q in bucket.params]
     nsf_update.apply_update(bucket)
     for q, end in zip(bucket.params, ends, strict=True):
-        q[kernels_chunk:] = end
+        q[A_CHUNK:] = end
 
 
 def update_with_nan(bucket):
@@ -50,7 +51,7 @@ def update_with_nan(bucket):
     bucket.sums.fill_(torch.nan)
 
 
-kernels_chunk = 64
+A_CHUNK = 64
 FAULTY = {
     "wrong length": {"apply_update": apply_of_wrong_length},
     "last chunk skipped": {"apply_update": apply_up_to_a_chunk},
@@ -67,8 +68,8 @@ def offer(monkeypatch):
 
     def offer(**functions):
         kernels.kernels_for.cache_clear()
-        module = types.SimpleNamespace(CHUNK=kernels_chunk, **{**EAGER._asdict(), **functions})
-        monkeypatch.setattr(kernels.importlib, "import_module", lambda name: module)
+        module = types.SimpleNamespace(CHUNK=A_CHUNK, **{**EAGER._asdict(), **functions})
+        monkeypatch.setattr(kernels, "importlib", types.SimpleNamespace(import_module=lambda name: module))
 
     yield offer
     kernels.kernels_for.cache_clear()
@@ -109,7 +110,7 @@ def test_kernels_that_cannot_be_imported_are_done_without(offer, monkeypatch):
         raise ModuleNotFoundError("No module named 'numba'")
 
     offer()
-    monkeypatch.setattr(kernels.importlib, "import_module", missing)
+    monkeypatch.setattr(kernels, "importlib", types.SimpleNamespace(import_module=missing))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         NSF([parameter()], p=0.1).step()
@@ -212,3 +213,33 @@ def test_nothing_is_compiled_while_numbers_change():
         assert recorder.buffer == []
         njit(lambda x: x + 1)(1)
         assert recorder.buffer  # it would have seen one
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton interprets")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_kernels_compile_without_a_gpu(capability):
+    """Numbers of a step are arguments; bfloat16 is rounded; whole chunks are read 16 bytes at a time."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_nsf.optim.kernels import gpu
+
+    def compiled(kernel, pointers, numbers=(), **constants):
+        constants |= {"CHUNK": gpu.CHUNK, "BLOCK": gpu.BLOCK}
+        signature = {**pointers, **dict.fromkeys(numbers, "fp32"), **dict.fromkeys(constants, "constexpr")}
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
+        source = ASTSource(kernel, signature, constants, aligned)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=gpu.NO_FUSION).asm
+
+    assert compiled(gpu._add_up, {"table": "*i64", "parts": "*fp64", "sums": "*fp64"})["cubin"]
+    pointers = {"table": "*i64", "owner": "*i32", "sums": "*fp64", "roots": "*fp64"}
+    numbers = [name for name in gpu._step.arg_names if name.islower() and name not in pointers]
+    assert len(numbers) == 10
+    for work in ("update", "apply", "whole"):
+        for dtype, kahan in ((torch.float32, False), (torch.bfloat16, work != "update")):
+            asm = compiled(gpu._step, pointers, numbers, WORK=work, DTYPE=gpu.DTYPES[dtype], KAHAN=kahan)
+            assert asm["cubin"]
+            if work != "update":
+                assert "ld.global.v4" in asm["ptx"] and (dtype != torch.bfloat16 or "cvt.rn.bf16" in asm["ptx"])

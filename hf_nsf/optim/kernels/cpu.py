@@ -22,7 +22,7 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from ..nsf_update import UNIT, Bucket
-from .table import Chunks, chunk_table
+from .table import chunk_table
 
 CHUNK = 1 << 15  # elements whose sums are kept together
 SHARE = 8  # chunks that a thread takes at a time
@@ -210,6 +210,8 @@ def _work(kind, addresses, n, c, factors, owner, lows, lengths, sums, begin, end
 
 def _run(kind: int, bucket: Bucket, factors: np.ndarray) -> np.ndarray:
     """Do one kind of work for all chunks of a bucket, on torch's number of threads; return the sums of chunks."""
+    if kind != APPLY:
+        bucket.table = bucket.addresses(), chunk_table(tuple(map(Tensor.numel, bucket.params)), CHUNK)
     s, (addresses, chunks) = bucket.scalars, bucket.table
     # If lengths are grafted, d is d / 32 in the loops, so a and u are 32 times too large.
     unit, exponent, reach = (1.0, 2 * s.p, 2.0**60) if kind == WHOLE else (UNIT, s.exponent, s.reach)
@@ -236,15 +238,11 @@ def _run(kind: int, bucket: Bucket, factors: np.ndarray) -> np.ndarray:
     return sums
 
 
-def _table(bucket: Bucket) -> tuple[np.ndarray, Chunks]:
-    return bucket.addresses(), chunk_table(tuple(map(Tensor.numel, bucket.params)), CHUNK)
-
-
 def update_moments(bucket: Bucket) -> None:
     """As :func:`hf_nsf.optim.nsf_update.update_moments`."""
-    bucket.table = _table(bucket)
     sums = np.zeros((len(bucket.params), 2))
-    np.add.at(sums, bucket.table[1].owner, _run(UPDATE, bucket, sums[:, 0]))  # in order
+    parts = _run(UPDATE, bucket, sums[:, 0])
+    np.add.at(sums, bucket.table[1].owner, parts)  # in order
     bucket.sums = torch.from_numpy(sums / UNIT**2)
 
 
@@ -255,7 +253,6 @@ def apply_update(bucket: Bucket) -> None:
 
 def whole_step(bucket: Bucket) -> None:
     """As :func:`hf_nsf.optim.nsf_update.whole_step`."""
-    bucket.table = _table(bucket)
     _run(WHOLE, bucket, np.zeros(len(bucket.params)))
 
 
