@@ -140,7 +140,7 @@ FILES = {
     "another command": (
         lambda run: edit(run / "result.json", command=edit(run.parents[1] / "command.json", script=["x"])),
         "holds runs of another command, .* x: take another --output_dir"),
-    "a file in place of the runs": (lambda run: (shutil.rmtree(run.parent), run.parent.write_text("")), "Not a directory"),
+    "a file in place of the runs": (lambda run: (shutil.rmtree(run.parent), run.parent.write_text("")), "director"),
     "a file in place of the folder": (
         lambda run: (shutil.rmtree(run.parents[1]), run.parents[1].write_text("")), "File exists"),
 }  # fmt: skip

@@ -124,7 +124,8 @@ def test_a_run_stops_at_a_loss_that_is_not_finite(tmp_path, saved, is_filtered):
     made = trainer(tmp_path, math.nan, logging_nan_inf_filter=is_filtered)  # with it, the Trainer logs a loss of 0
     made.train()
     assert made.state.global_step == 1 and saved()["diverged"]
-    made.model, made.optimizer, made.lr_scheduler = Model(), None, None
+    made.model = made.model_wrapped = Model()
+    made.optimizer = made.lr_scheduler = None
     made.train()
     assert made.state.global_step == 20 and not saved()["diverged"]
 
