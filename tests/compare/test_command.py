@@ -126,8 +126,8 @@ import os, signal, sys, types
 sys.modules["hf_nsf"] = types.ModuleType("hf_nsf")
 sys.modules["hf_nsf"].__path__ = [sys.argv[1]]
 sys.modules["fcntl"] = sys.modules["torch"] = sys.modules["transformers"] = None
-for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"): delattr(signal, name)
-for name in ("getpgid", "sched_getaffinity"): delattr(os, name)
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"): vars(signal).pop(name, None)
+for name in ("getpgid", "sched_getaffinity"): vars(os).pop(name, None)
 from hf_nsf.compare.__main__ import Stop, main
 with Stop(): pass
 main(["--help"])
