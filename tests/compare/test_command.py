@@ -34,6 +34,12 @@ def bench(tmp_path, monkeypatch):
         (["--optims", "nsf", "--seeds", "0"], [], "seeds: 0 is not above 0"),
         (["--optims", "nsf", "--factor", "1"], [], "--factor must be at least 1.01"),
         (["--optims", "nsf", "--launcher", "no_such_program -m"], [], "no program for --launcher no_such_program -m"),
+        (["--optims", "nsf", "--launcher", " "], [], "there is no program for --launcher"),
+        (
+            ["--optims", "nsf", "--launcher", "ssh x", "--devices_per_run", "2"],
+            [],
+            "is for this machine: let ssh x ask",
+        ),
         (["--optims", "nsf"], ["--learning-rate=3", "--seed", "1"], "leave --learning-rate=3 and --seed out"),
         (["--optims", "nsf:p=0"], ["{optim}", "{seed}"], "{optim_args}, {learning_rate}, {output_dir}, too"),
         (["--optims", "nsf", "--template", "no.json"], ["no.json"], "No such file or directory: 'no.json'"),

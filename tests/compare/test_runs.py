@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ from stand_in import Bench, alive, wait_for
 from hf_nsf.compare import __main__ as tool
 from hf_nsf.compare import runs as runs_module
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups of POSIX")
+fcntl = pytest.importorskip("fcntl", reason="signals, process groups and terminals of POSIX")
+termios = pytest.importorskip("termios")
 
 SLEEPS = "time.sleep(60)"
 # A child that left the run's process group.
@@ -325,6 +327,19 @@ def test_progress_of_the_runs_at_work(bench):
         assert comparison.progress("x") == text
 
 
+def test_a_terminal_shows_the_runs_at_work(bench):
+    progress = "(out.parent / 'progress.json').write_text(json.dumps({'step': 40, 'max_steps': 200, 'loss': 0.5}))"
+    bench.set_faults(a=f"{progress}; time.sleep(2.5); sys.exit(1)", b=f"{progress}; time.sleep(2.5); sys.exit(1)")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = bench.popen(bench.one_rate("a", "b"), stderr=theirs)
+    os.close(theirs)
+    process.communicate()
+    text = os.read(ours, 100_000).decode()
+    assert all(f"{optim}-lr0.0001-seed1: step 40 of 200, loss 0.5" in text for optim in "ab") and "0/2 [00:01<?" in text
+    os.close(ours)
+
+
 ENDINGS = {
     "a run": ("", ()),
     "a run that set its title": (ERASES_ITS_ENVIRONMENT, ()),
@@ -405,7 +420,7 @@ sys.exit(command.wait())
 """
 
 
-def test_runs_of_a_cluster_end_with_their_launcher(bench, monkeypatch):
+def test_runs_of_a_cluster_end_with_their_launcher(bench, monkeypatch, capsys):
     """A stand-in for srun: its command runs elsewhere, in no child of this machine that could be found."""
     program = bench.folder / "srun"
     program.write_text(f"#!{sys.executable} -S\n{SRUN}")
@@ -421,6 +436,9 @@ def test_runs_of_a_cluster_end_with_their_launcher(bench, monkeypatch):
     bench.set_faults(a="save([{'eval_accuracy': float('OMP_NUM_THREADS' not in os.environ), 'step': 1}])")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert tool.main(arguments) == 0
+    with pytest.raises(SystemExit):
+        tool.main(["--devices_per_run", "2", *arguments])
+    assert "let srun --ntasks=1" in capsys.readouterr().err
     assert bench.summary()["optimizers"][0]["mean"] == 1.0  # the threads of this machine are not those of the nodes
 
 
