@@ -50,7 +50,7 @@ class SaveState(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._is_training = self._diverged = False
+        self._is_training, self._diverged = True, False  # it may come in when training has begun
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the last training."""
