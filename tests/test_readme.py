@@ -30,10 +30,6 @@ def commands(program):
     return [words[words.index(program) + 1 :] for words in found]
 
 
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 160 and len(SNIPPETS) >= 3
-
-
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 def test_snippet_runs_as_pasted(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
