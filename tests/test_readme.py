@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import hf_nsf
-from hf_nsf import compare, plots
+from hf_nsf import plots
+from hf_nsf.compare.__main__ import parse
 from hf_nsf.trainer.options import readers_of
 
 ROOT = Path(__file__).parents[1]
@@ -29,10 +30,6 @@ def commands(program):
     return [words[words.index(program) + 1 :] for words in found]
 
 
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 160 and len(SNIPPETS) >= 3
-
-
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 def test_snippet_runs_as_pasted(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -49,7 +46,7 @@ def test_commands_of_the_comparison_parse(monkeypatch):
     found = commands("hf_nsf.compare")
     assert len(found) >= 4
     for words in found:
-        options, script = compare.parse(words)
+        options, script = parse(words)
         assert options.optims and script
         for optim in options.optims:
             name, _, text = optim.partition(":")

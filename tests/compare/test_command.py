@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison's command line: what it refuses, and the commands that it starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stand_in import Bench
+
+import hf_nsf
+from hf_nsf.compare.__main__ import Comparison, main, parse
+from hf_nsf.compare.plan import Run
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return Bench(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "script", "sentence"),
+    [
+        (["--optims", "nsf", "nsf"], [], "two of --optims are the same"),
+        (["--optims", "nsf", "--start_lr", "lcam=0.1"], [], "--start_lr names lcam, which is not among --optims"),
+        (["--optims", "nsf", "--start_lr", "0.1"], [], "0.1 is not of the form OPTIMIZER=RATE"),
+        (["--optims", "nsf", "--start_lr", "nsf=high"], [], "nsf=high is not of the form OPTIMIZER=RATE"),
+        (["--optims", "nsf", "--start_lr", "nsf=0"], [], "nsf: 0 is not above 0"),
+        (["--optims", "nsf", "--adam_lr", "nan"], [], "adam_lr: nan is not above 0"),
+        (["--optims", "nsf", "--seeds", "0"], [], "seeds: 0 is not above 0"),
+        (["--optims", "nsf", "--factor", "1"], [], "--factor must be at least 1.01"),
+        (["--optims", "nsf", "--launcher", "no_such_program -m"], [], "no program for --launcher no_such_program -m"),
+        (["--optims", "nsf", "--launcher", " "], [], "there is no program for --launcher"),
+        (
+            ["--optims", "nsf", "--launcher", "ssh x", "--devices_per_run", "2"],
+            [],
+            "is for this machine: let ssh x ask",
+        ),
+        (["--optims", "nsf"], ["--learning-rate=3", "--seed", "1"], "leave --learning-rate=3 and --seed out"),
+        (["--optims", "nsf:p=0"], ["{optim}", "{seed}"], "{optim_args}, {learning_rate}, {output_dir}, too"),
+        (["--optims", "nsf", "--template", "no.json"], ["no.json"], "No such file or directory: 'no.json'"),
+        (["--optims", "nsf", "--template", __file__], [], "must also stand among the script's arguments"),
+        (
+            ["--optims", "nsf", "--template", pytest.__file__],
+            [pytest.__file__],
+            "must contain {optim}, {learning_rate}",
+        ),
+        (["--optims", "nsf", "--no_such_option"], [], "unrecognized arguments: --no_such_option"),
+    ],
+)
+def test_refused_options(bench, capsys, options, script, sentence):
+    with pytest.raises(SystemExit):
+        main(bench.arguments(*options, script=tuple(script)))
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("script", "sentence"), [(["--", "no.py"], "no script no.py"), ([], "they stand after --")])
+def test_a_script_is_needed(capsys, script, sentence):
+    with pytest.raises(SystemExit):
+        main(["--output_dir", "cmp", "--optims", "nsf", *script])
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_better_is_lower_for_losses_alone(bench):
+    for options, better in [
+        (["--metric", "eval_f1"], "higher"),
+        (["--metric", "eval_loss"], "lower"),
+        (["--metric", "eval_f1", "--lower_is_better"], "lower"),
+        (["--metric", "loss", "--higher_is_better"], "higher"),
+    ]:
+        assert parse(bench.arguments("--optims", "lcam", *options))[0].better == better
+
+
+def command(*arguments, optim="nsf:p=0"):
+    run = Run(optim, 2e-5, 7)
+    made = Comparison(*parse(["--output_dir", "cmp", "--optims", optim, *arguments]), [{}])
+    folder = Path("cmp").resolve() / "runs" / run.name
+    words, files = made.command(run)
+    return [word.replace(str(folder), "RUN") for word in words], files
+
+
+def test_the_command_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours = ["--optim", "nsf", "--optim_args", "p=0", "--learning_rate", "2e-05", "--seed", "7"]
+    ours += ["--output_dir", "RUN/output"]
+    start, script = [sys.executable, "-m", "hf_nsf"], ["-m", "trl.cli", "sft", "--packing", "true"]
+    assert command("--", *script) == ([*start, *script, *ours], {})
+    other = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 -m hf_nsf"
+    assert command("--launcher", other, "--", *script)[0] == [*other.split(), *script, *ours]
+    # Filled in where the command says, nothing is appended.
+    script = ["axolotl", "train", "c.yaml", "--optimizer", "{optim}", "--optim_args={optim_args}", "{learning_rate}"]
+    filled = ["axolotl", "train", "c.yaml", "--optimizer", "nsf", "--optim_args=p=0", "2e-05", "7:RUN/output", "{x}"]
+    assert command("--", *script, "{seed}:{output_dir}", "{x}") == ([*start, *filled], {})
+    # Files are written to the folder of the run.
+    Path("cfg.json").write_text('{"optim": "{optim}", "seed": {seed}, "rate": {learning_rate}, "o": "{output_dir}"}')
+    for word, copy in (("cfg.json", "RUN/cfg.json"), ("config=cfg.json", "config=RUN/cfg.json")):
+        words, files = command("--template", "cfg.json", "--", "tool", word, optim="nsf")
+        assert words == [*start, "tool", copy]
+        assert json.loads(files["cfg.json"])["rate"] == 2e-5 and '"seed": 7' in files["cfg.json"]
+
+
+def test_dry_run_prints_the_plan_and_later_the_time(bench, capsys):
+    options = ["--optims", "a", "nsf:p=0,eps=1e-6", "--seeds", "4", "--search_seeds", "2"]
+    assert main(bench.arguments(*options, "--dry_run")) == 0
+    text = capsys.readouterr().out
+    assert "nsf:p=0,eps=1e-6: learning rates 5e-05, 0.0001, 0.0002" in text
+    assert "20 runs, up to 44, 2 at a time, such as" in text  # 2 (3 * 2 + 4), 2 (9 * 2 + 4)
+    assert "--optim a --learning_rate" in text and "took" not in text
+    assert not bench.out.exists() and not bench.starts()
+    # Of 6 runs one has a result, after 100 s; two at a time make 250 s of the other five.
+    options = ["--optims", "a", "--seeds", "3"]
+    bench.compare(*options)
+    for folder in (bench.out / "runs").iterdir():
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps({**result, "seconds": 100.0}))
+    for path in bench.out.glob("runs/*/result.json"):
+        if path.parent.name != "a-lr0.0001-seed1001":
+            path.unlink()
+    capsys.readouterr()
+    assert main(bench.arguments(*options, "--dry_run")) == 0
+    assert "1 of them took 100 s on average, the other 5 take about 04:10, up to 09:10 if" in capsys.readouterr().out
+
+
+def test_start_without_posix_signals_locks_and_process_groups():
+    """As on Windows; torch and transformers are not needed either."""
+    code = """
+import os, signal, sys, types
+sys.modules["hf_nsf"] = types.ModuleType("hf_nsf")
+sys.modules["hf_nsf"].__path__ = [sys.argv[1]]
+sys.modules["fcntl"] = sys.modules["torch"] = sys.modules["transformers"] = None
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"): vars(signal).pop(name, None)
+for name in ("getpgid", "sched_getaffinity"): vars(os).pop(name, None)
+from hf_nsf.compare.__main__ import Stop, main
+with Stop(): pass
+main(["--help"])
+"""
+    folder = str(Path(hf_nsf.__file__).parent)
+    tested = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert "Number of seeds for the final runs (default: 5)" in tested.stdout, tested.stderr

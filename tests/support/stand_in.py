@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder with a script that only writes what a Trainer would write, and short ways to compare optimizers with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hf_nsf.compare.__main__ import main
+
+# The metric falls with the square of the distance from the best rate in octaves. An optimizer's name may be Python
+# code that the table FAULTS of the test wrote to faults.json: it is executed instead of writing results.
+SCRIPT = """
+import json, math, os, signal, subprocess, sys, time
+from pathlib import Path
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+optim, seed, rate = given["--optim"], int(given["--seed"]), float(given["--learning_rate"])
+work, out, state = Path(sys.argv[0]).parent, Path(given["--output_dir"]), Path(os.environ["HF_NSF_SAVE_STATE"])
+with open(work / "starts", "a") as file:
+    file.write(f"{optim} {rate:g} {seed} {os.getpid()}\\n")
+out.mkdir()  # an error where an earlier try left something
+value = 0.9 - 0.01 * math.log2(rate / (4e-4 if optim == "b" else 1e-4)) ** 2 + 0.001 * seed
+log = [{"loss": 1.0, "step": 1}, {"eval_accuracy": value, "step": 2}, {"train_runtime": 4.0, "step": 2}]
+save = lambda log, path=state: path.write_text(json.dumps({"log_history": log}))
+results = lambda text: (out / "all_results.json").write_text(text)
+code = json.loads((work / "faults.json").read_text()).get(optim, "save(log)")
+exec(code)
+"""
+
+
+class Bench:
+    """One folder with the script and a comparison of it."""
+
+    def __init__(self, folder: Path, **faults: str) -> None:
+        self.folder, self.script, self.out = folder, folder / "script.py", folder / "cmp"
+        self.script.write_text(SCRIPT)
+        self.set_faults(**faults)
+
+    def set_faults(self, **faults: str) -> None:
+        (self.folder / "faults.json").write_text(json.dumps(faults))
+
+    def arguments(self, *options: str, script: tuple[str, ...] = ()) -> list[str]:
+        launcher = [] if "--launcher" in options else ["--launcher", f"{sys.executable} -S"]  # starts at once
+        ours = ["--output_dir", str(self.out), *launcher, "--metric", "eval_accuracy", "--jobs", "2"]
+        return [*ours, *options, "--", str(self.script), *script]
+
+    def one_rate(self, *optims: str) -> list[str]:
+        return self.arguments("--optims", *optims, "--seeds", "1", "--learning_rates", "1")
+
+    def compare(self, *options: str) -> dict:
+        """The summary, by optimizer, of a comparison that must succeed."""
+        assert main(self.arguments(*options)) == 0
+        return {row["optim"]: row for row in self.summary()["optimizers"]}
+
+    def summary(self) -> dict:
+        return json.loads((self.out / "comparison.json").read_text())
+
+    def starts(self) -> list[tuple[str, float, int]]:
+        """Optimizer, learning rate and seed of each run that was started."""
+        return [(optim, float(rate), int(seed)) for optim, rate, seed, _ in self._lines()]
+
+    def alive(self) -> list[int]:
+        """The processes of runs, and of children that noted themselves, that are alive."""
+        children = self.folder / "children"
+        noted = children.read_text().split() if children.exists() else []
+        return [pid for pid in map(int, [*(line[3] for line in self._lines()), *noted]) if alive(pid)]
+
+    def _lines(self) -> list[list[str]]:
+        path = self.folder / "starts"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def popen(self, arguments: list[str], **kwargs) -> subprocess.Popen:
+        """The comparison in a process of its own."""
+
+        def restore() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background has Ctrl-C ignored
+
+        environment = {"PYTHONPATH": str(Path(__file__).parents[2]), **os.environ, **kwargs.pop("env", {})}
+        kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": restore, **kwargs}
+        return subprocess.Popen([sys.executable, "-m", "hf_nsf.compare", *arguments], env=environment, **kwargs)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
