@@ -25,7 +25,7 @@ from ..nsf_update import UNIT, Bucket
 from .table import chunk_table
 
 CHUNK = 1 << 15  # elements whose sums are kept together
-SHARE = 8  # chunks that a thread takes at a time
+SHARE = 32  # chunks that a thread takes at a time
 TILE = 1 << 9  # elements whose squares are added in float32; tiles are added in float64
 DEGREE = 8  # of the polynomial in _power
 UPDATE, APPLY, WHOLE = range(3)
