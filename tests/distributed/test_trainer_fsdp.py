@@ -3,13 +3,10 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forks import SUPPORT, run_checked
 from trainer_runs import same
 
 pytestmark = pytest.mark.skipif(
@@ -17,7 +14,6 @@ pytestmark = pytest.mark.skipif(
     reason="before torch 2.9, FSDP2 on gloo sums gradients rather than averaging them",
 )
 
-WORKER = Path(__file__).parents[1] / "support" / "fsdp_run.py"
 OURS = ["lcam", "nsf"]
 SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
 SETTINGS = {
@@ -36,15 +32,9 @@ UNUSUAL = tuple((name, form, setting) for name, form, _ in ALL for setting in ("
 
 def launched(plan, folder):
     """Make the launches of a plan: [{job: [rank 0, ...]}, ...]."""
-    paths = os.pathsep.join([str(WORKER.parent), str(Path(__file__).parents[2])])
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(file), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths},
-        capture_output=True, text=True, timeout=290,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_checked(SUPPORT / "fsdp_run.py", file, folder)
     found = [{job["name"]: [] for job in step["jobs"]} for step in plan]
     for number, launch in enumerate(found):
         for name, ranks in launch.items():

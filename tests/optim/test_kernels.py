@@ -165,24 +165,6 @@ def test_every_bfloat16_is_rounded_as_torch_rounds_it(lr):
 
 
 @needs_numba
-def test_same_bits_for_any_thread_count(monkeypatch):
-    from hf_nsf.optim.kernels import cpu
-
-    monkeypatch.setattr(cpu, "CHUNK", 32)
-    monkeypatch.setattr(cpu, "SHARE", 1)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        q = nn.Parameter(torch.linspace(-1, 1, 999))
-        q.grad = torch.linspace(1, 2, 999)
-        optimizer = NSF([q], p=0.1, fused=True)
-        for _ in range(5):
-            optimizer.step()
-        results.append(q)
-    assert identical(results[:1] * 2, results[1:])
-
-
-@needs_numba
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore")
 def test_a_forked_child_has_threads_of_its_own(monkeypatch):
