@@ -59,7 +59,8 @@ CLAIMS = [
     ("DeepSpeed, ZeRO 1, 2 and 3, on its CPU accelerator (where accelerate gives all ranks the same batches); for p "
      "other than 1/2 the lengths are those of each rank's partition, so that NSF's steps differ from DDP's",
      ["tests/ecosystem/test_deepspeed.py"]),
-    ("bf16 autocast; bfloat16 parameters", ["tests/trainer/test_bf16.py"]),
+    ("bf16 autocast; bfloat16 parameters",
+     ["tests/trainer/test_bf16.py", "tests/optim/test_nsf.py::test_without_kahan_sums_small_steps_vanish"]),
     ("fp16 steps skipped by a GradScaler", ["tests/trainer/test_fp16.py"]),
     ("a GPU (skipped where there is none)", ["tests/trainer/test_devices.py"]),
     ("Triton kernels, interpreted on a CPU and compiled for sm_80 and sm_90; numba kernels",

