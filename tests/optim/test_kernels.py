@@ -93,18 +93,6 @@ def test_faulty_kernels_are_caught_before_their_first_use(fault, dtype, offer):
         NSF([ours], fused=True)
 
 
-def test_right_kernels_are_proved_once(offer, monkeypatch):
-    offer()
-    proofs = []
-    find = kernels.find_fault
-    monkeypatch.setattr(kernels, "find_fault", lambda *args: proofs.append(args[2:]) or find(*args))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(2):
-            NSF([parameter(), parameter(torch.bfloat16)], p=0.1, fused=True).step()
-    assert proofs == [(CPU, torch.float32, False), (CPU, torch.bfloat16, True)]
-
-
 def test_kernels_that_cannot_be_imported_are_done_without(offer, monkeypatch):
     def missing(name):
         raise ModuleNotFoundError("No module named 'numba'")
