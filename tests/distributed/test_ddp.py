@@ -3,19 +3,16 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from forks import SUPPORT, run_python
 from tiny_run import run_job
 from trainer_runs import HIGH, LOW, by_the_rule, same, used, windows
 
-WORKER = Path(__file__).parents[1] / "support" / "tiny_run.py"
 EMA = {"optim_args": f"low_loss_momentum={LOW},high_loss_momentum={HIGH},loss_average=ema"}
 NAN_AT = [2, 6, 9, 10]  # the seventh update is the first of an epoch
 JOBS = [
@@ -50,21 +47,16 @@ LAUNCHES = [
 ]
 
 
-def launch(launcher, processes, jobs, folder, timeout=280):
+def launch(launcher, processes, jobs, folder):
     """Run the jobs under a launcher; its finished process."""
-    Path(folder, "jobs.json").write_text(json.dumps(jobs))
-    python = [sys.executable, "-m"]
+    file = Path(folder, "jobs.json")
+    file.write_text(json.dumps(jobs))
     command = {
-        "torchrun": [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
-        "accelerate": [*python, "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}",
-                       "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"],
+        "torchrun": ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}", "--num_machines=1",
+                       "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"],
     }[launcher]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    return subprocess.run(
-        [*command, str(WORKER), str(Path(folder, "jobs.json")), str(folder)],
-        env=environment, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+    return run_python("-m", *command, SUPPORT / "tiny_run.py", file, folder, ACCELERATE_USE_CPU="true")
 
 
 @functools.cache

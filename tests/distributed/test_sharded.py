@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharded parameters (FSDP2, tensor parallelism, their mix with plain ones) give the steps of whole parameters."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from forks import SUPPORT, run_checked
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -20,19 +16,13 @@ pytestmark = pytest.mark.skipif(
     reason="before torch 2.9, FSDP2 on gloo sums gradients rather than averaging them",
 )
 
-WORKER = Path(__file__).parents[1] / "support" / "sharded_worker.py"
 FEW = ["nsf", "nsf none", "nsf bfloat16", "lcam"]
 
 
 def launch(*arguments):
     """Run the worker; return the cases that it passed."""
-    done = subprocess.run(
-        [sys.executable, str(WORKER), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [line.removeprefix("passed: ") for line in done.stdout.splitlines() if line.startswith("passed")]
+    lines = run_checked(SUPPORT / "sharded_worker.py", *arguments).splitlines()
+    return [line.removeprefix("passed: ") for line in lines if line.startswith("passed")]
 
 
 def test_sharded_training_is_whole_training_with_one_collective_a_step():

@@ -3,13 +3,10 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forks import SUPPORT, run_checked
 from trainer_runs import same
 
 pytestmark = pytest.mark.skipif(
@@ -17,7 +14,6 @@ pytestmark = pytest.mark.skipif(
     reason="before torch 2.9, FSDP2 on gloo sums gradients rather than averaging them",
 )
 
-WORKER = Path(__file__).parents[1] / "support" / "fsdp_run.py"
 OURS = ["lcam", "nsf"]
 SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
 SETTINGS = {
@@ -36,15 +32,9 @@ UNUSUAL = tuple((name, form, setting) for name, form, _ in ALL for setting in ("
 
 def launched(plan, folder):
     """Make the launches of a plan: [{job: [rank 0, ...]}, ...]."""
-    paths = os.pathsep.join([str(WORKER.parent), str(Path(__file__).parents[2])])
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(file), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths},
-        capture_output=True, text=True, timeout=290,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_checked(SUPPORT / "fsdp_run.py", file, folder)
     found = [{job["name"]: [] for job in step["jobs"]} for step in plan]
     for number, launch in enumerate(found):
         for name, ranks in launch.items():
@@ -73,11 +63,12 @@ def made(processes, cases, place):
     for job in jobs:
         checkpoints = folder / "1" / job["name"]
         again.append({**job, "resume": str(checkpoints / f"checkpoint-{18 if job['save_steps'] == 9 else 14}")})
+    for job in again[: len(FEW)]:  # of which a full one comes last: it fails on one rank, which ends the launch
         other = "nsf" if job["optimizer"] == "lcam" else "lcam"
-        wrong.append({**again[-1], "optimizer": other, "fails_on_one_rank": job["state_dict"] == FULL})
-    plan = [{"processes": 1, "jobs": alone}, {"processes": processes, "jobs": jobs}]
-    plan += [{"processes": processes, "jobs": some} for some in (again, *([job] for job in wrong[: len(FEW)]))]
-    return launched(plan, folder)
+        name, full = f"{job['name']} by {other}", job["state_dict"] == FULL
+        wrong.append({**job, "name": name, "optimizer": other, "fails_on_one_rank": full})
+    plan = [(1, alone), (processes, jobs), (processes, again + wrong)]
+    return launched([{"processes": number, "jobs": each} for number, each in plan], folder)
 
 
 @pytest.mark.parametrize(("processes", "cases"), [(2, FEW), pytest.param(4, ALL, marks=pytest.mark.slow)])
@@ -124,5 +115,6 @@ def test_another_optimizers_checkpoint_is_refused(case, place):
         SHARDED: "Missing key in checkpoint state_dict: optimizer.state",
         FULL: "was saved by another optimizer",
     }
-    ranks = made(2, FEW, place)[3 + FEW.index(case)][saving(*case)["name"]]
+    other = "nsf" if case[0] == "lcam" else "lcam"
+    ranks = made(2, FEW, place)[2][f"{saving(*case)['name']} by {other}"]
     assert ranks and any(sentence[case[1]] in (rank["error"] or "") for rank in ranks)

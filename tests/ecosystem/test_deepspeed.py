@@ -6,12 +6,9 @@ and its partitioned optimizers drive ours correctly, not that data are distribut
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from forks import SUPPORT, run_checked
 from lcam_reference import momenta_from_losses
 
 from hf_nsf import p_schedule
@@ -19,22 +16,17 @@ from hf_nsf import p_schedule
 pytest.importorskip("deepspeed")
 # Its processes wait for each other by spinning: where cores are shared, that takes ten times as long.
 pytestmark = [pytest.mark.ecosystem, pytest.mark.timeout(1000)]
-SUPPORT = Path(__file__).parents[1] / "support"
 LOGGED = ("loss", "step", "nsf_p", "lcam_momentum", "lcam_loss_phase", "lcam_loss_mean")
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(1, ""), (2, ""), (3, ""), (2, "offload"), (3, "offload")])
 @pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
 def test_zero(optimizer, stage, offload, tmp_path):
-    paths = [str(SUPPORT), str(SUPPORT.parents[1])]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "OMP_NUM_THREADS": "1"}
-    environment.pop("ACCELERATE_USE_CPU", None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(SUPPORT / "deepspeed_worker.py"), optimizer, str(stage), str(tmp_path), offload],
-        env={**environment, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=900,
+    run_checked(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+        SUPPORT / "deepspeed_worker.py", optimizer, stage, tmp_path, offload,
+        timeout=900, DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_USE_CPU="false",
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-6000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for key in ("whole", "resumed"):
         one, other = first[key], second[key]

@@ -29,6 +29,8 @@ NAMES = ["eager", "reference", pytest.param("numba", marks=needs_numba)]
 can_run_triton = INTERPRETED or HAS_TRITON and torch.cuda.is_available()
 NAMES += [pytest.param("triton", marks=pytest.mark.skipif(not can_run_triton, reason="needs a GPU, or to interpret"))]
 PS = (0.5, 0.25, 0.0, -0.25, -0.5, -0.75, -1.0, 0.75, 1.0, 0.1)
+if INTERPRETED:  # which is slow
+    PS = (0.5, 0.1, -0.25, -1.0)
 SHAPES = ((41,), (0,), (8, 3), (), (1,))
 SMALL = 32  # elements of a chunk
 START = Scalars(0.25, 2.0**-6, 0.9, 0.999, 1e-8, 2.0**-3, False, "adam", 1)
@@ -142,28 +144,22 @@ def test_low_precision_follows_the_formula(stepper, dtype):
 
 
 @every
-def test_every_step_has_the_length_of_adams(stepper):
+@pytest.mark.parametrize("spike", [None, 1e13, 1e17, 1e18, 1e25])
+def test_every_step_has_the_length_of_adams(stepper, spike):
+    """Of random gradients, or of ones and a huge one: at 1e25 its square overflows, and Adam does not move it."""
     for p in PS:
         s = dataclasses.replace(START, p=p, lr=1.0, weight_decay=0.0)
-        bucket = make_bucket(stepper, s, shapes=((100,), (7, 11)), fill=torch.zeros)
-        drive(stepper, bucket, 1)
+        bucket = make_bucket(stepper, s, shapes=((50,), (7, 5)), fill=torch.zeros)
+        if spike is None:
+            drive(stepper, bucket, 1)
+        else:
+            for g in bucket.grads:
+                g.fill_(1.0).view(-1)[3] = spike
+            stepper.step(bucket)
         for theta, g in zip(bucket.params, bucket.grads, strict=True):
-            g = g.double()
-            assert theta.double().norm().item() == pytest.approx((g / (g.abs() + s.eps)).norm().item(), rel=1e-6), p
-
-
-@every
-@pytest.mark.parametrize("spike", [1e13, 1e17, 1e18, 1e25])
-def test_one_huge_gradient_leaves_the_length_adams(stepper, spike):
-    """Both functions clamp alike; at 1e25 the square has overflowed, and Adam does not move that coordinate."""
-    for p in PS:
-        bucket = make_bucket(
-            stepper, dataclasses.replace(START, p=p, lr=1.0, weight_decay=0.0), shapes=((100,),), fill=torch.zeros
-        )
-        bucket.grads[0].fill_(1.0)[3] = spike
-        stepper.step(bucket)
-        moved = 100 if spike < 1e19 else 99
-        assert bucket.params[0].double().norm().item() == pytest.approx(math.sqrt(moved), rel=2e-6), p
+            g = g.double() * (g.abs() < 1e19)
+            length = (g / (g.abs() + s.eps)).norm().item()
+            assert theta.double().norm().item() == pytest.approx(length, rel=2e-6), p
 
 
 @every
@@ -187,7 +183,7 @@ def test_multiplying_all_gradients_changes_nothing(stepper):
 def test_zero_gradients_move_nothing(stepper):
     """All of one tensor, and some of another; without eps, too."""
     for grafting in ("adam", "none"):
-        for p in (0.5, 0.1, 0.0, -0.5, -1.0, 1.0):
+        for p in PS:
             for eps in (1e-8, 0.0):
                 s = dataclasses.replace(START, p=p, eps=eps, grafting=grafting, lr=0.1, weight_decay=0.0)
                 bucket = make_bucket(stepper, s, shapes=((50,), (40,)), fill=torch.ones)
@@ -253,9 +249,9 @@ def test_the_same_bits_again_after_a_break_and_without_elements(stepper):
     for grafting in ("adam", "none"):
         s = dataclasses.replace(START, grafting=grafting, p=0.1)
         whole, broken = (make_bucket(stepper, s) for _ in range(2))
-        drive(stepper, whole, 6)
-        drive(stepper, broken, 3)
-        drive(stepper, broken, 6, first=4)
+        drive(stepper, whole, 4)
+        drive(stepper, broken, 2)
+        drive(stepper, broken, 4, first=3)
         assert all(map(torch.equal, everything(whole), everything(broken)))
         stepper.step(make_bucket(stepper, s, shapes=((0,), (3, 0))))
 

