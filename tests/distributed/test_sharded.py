@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forks import SUPPORT, run_checked
+from problems import TORCH
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -12,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from hf_nsf import NSF
 
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
+    TORCH < (2, 9),
     reason="before torch 2.9, FSDP2 on gloo sums gradients rather than averaging them",
 )
 

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from forks import SUPPORT, run_checked
+from problems import TORCH
 from trainer_runs import same
 
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
+    TORCH < (2, 9),
     reason="before torch 2.9, FSDP2 on gloo sums gradients rather than averaging them",
 )
 

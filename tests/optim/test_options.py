@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from problems import drive, make_parameters, relative_error
+from problems import TORCH, drive, make_parameters, relative_error
 from torch import nn
 
 from hf_nsf import LCAM, NSF
@@ -63,7 +63,11 @@ def test_unknown_options_are_refused(cls):
         cls([nn.Parameter(torch.ones(1))], momentun=0.9)
 
 
-KINDS = [np.float32, np.float64, np.float16, lambda x: torch.tensor(x), lambda x: torch.tensor([x]), Fraction]
+def one_dim(x):
+    return torch.tensor([x])
+
+
+KINDS = [np.float32, np.float64, np.float16, torch.tensor, one_dim, Fraction]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["float32", "float64", "float16", "0-dim", "1-dim", "fraction"])
@@ -74,6 +78,8 @@ def test_numbers_of_all_kinds(kind):
         LCAM: {"lr": 0.5, "low_loss_momentum": 0.5, "high_loss_momentum": 0.25, "weight_decay": 0.25},
     }
     for cls, numbers in tables.items():
+        if cls is LCAM and kind is one_dim and TORCH < (2, 9):
+            continue  # torch's SGD of then takes no lr of one dimension
         given = {k: tuple(map(kind, v)) if isinstance(v, tuple) else kind(v) for k, v in numbers.items()}
         results = []
         for options in (numbers, given):

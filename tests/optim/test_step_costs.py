@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from problems import MAKERS, PATHS
+from problems import MAKERS, PATHS, TORCH
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -53,6 +53,8 @@ def test_a_step_holds_at_most_64_mib(path, dtype, dense):
 @pytest.mark.parametrize("name", MAKERS)
 def test_compiled_training_is_the_training(name, dtype):
     """A compiled function around the step sees each new p and momentum, and is not compiled for each of them."""
+    if name == "lcam" and dtype is torch.bfloat16 and TORCH < (2, 9):
+        pytest.skip("Dynamo of then rounds torch's SGD differently in bfloat16")
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()

@@ -9,6 +9,8 @@ from torch import nn
 
 from hf_nsf import LCAM, NSF
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 # The ways to make a step. NSF's fused=True is numba's kernels on a CPU, LCAM's is torch's own.
 PATHS = {"default": {}, "foreach": {"foreach": True}, "reference": {"foreach": False}, "fused": {"fused": True}}
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="NSF's fused=True needs numba")
