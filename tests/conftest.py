@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread for the tests of this folder."""
+"""One thread for all tests and their child processes: idle OpenMP threads spin, and the tests' tensors are small."""
 
-import pytest
-import torch
+import os
 
+os.environ["OMP_NUM_THREADS"] = "1"
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """A second thread costs more than it brings on a few hundred elements."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+import torch  # noqa: E402  (reads the variable when it is imported)
+
+torch.set_num_threads(1)
