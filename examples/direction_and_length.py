@@ -279,10 +279,8 @@ def tables(panels: dict[str, Any]) -> str:
         rows: list[list[Any]] = [["test accuracy, % (loss)", *rates]]
         for method in panel["methods"].values():
             cells = []
-            for k, ((mean, error), loss) in enumerate(
-                zip(method["test_accuracy"].T, method["test_loss"][0], strict=True)
-            ):
-                cell = f"{mean:.1f} ± {error:.1f} ({loss:.3f})"
+            for k, (mean, error) in enumerate(method["test_accuracy"].T):
+                cell = f"{mean:.1f} ± {error:.1f} ({method['test_loss'][0, k]:.3f})"
                 cell = f"**{cell}**" if panel["rates"][k] == method["chosen_rate"] else cell
                 cells.append(f"{cell}, {method['low_share'][0, k]:.2f} low" if "low_share" in method else cell)
             rows.append([method["name"], *cells])

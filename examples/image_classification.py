@@ -27,12 +27,7 @@ from datasets import Image
 from embedded_data import load_digits_images
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, relu
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 

@@ -14,7 +14,7 @@ def as_float(name: str, value: Any) -> float:
     """Return a real number, a NumPy scalar or a one-element tensor as a float.
 
     Raises:
-        ValueError: it is something else, or too large for a float.
+        ValueError: the value is none of these, or is too large for a float.
     """
     number = value
     if isinstance(value, torch.Tensor):
@@ -45,19 +45,19 @@ def check_within(name: str, value: Any, low: float, high: float) -> float:
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of `allowed`."""
+    """Check that a value is one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
         raise _error(name, value, " or ".join(allowed))
 
 
 def check_flag(name: str, value: Any, optional: bool = False) -> None:
-    """Refuse anything but True and False, and None if `optional`."""
+    """Check that a value is True or False, or None if `optional`."""
     if not (isinstance(value, bool) or (optional and value is None)):
         raise _error(name, value, "True, False or None" if optional else "True or False")
 
 
 def check_paths(foreach: Any, fused: Any, kahan_sum: Any) -> None:
-    """Refuse flags of the implementation that are none, or that exclude each other."""
+    """Check foreach, fused and kahan_sum; foreach and fused exclude each other."""
     for name, value in (("foreach", foreach), ("fused", fused), ("kahan_sum", kahan_sum)):
         check_flag(name, value, optional=True)
     if foreach and fused:

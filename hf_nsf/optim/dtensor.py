@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharded parameters (DTensor: FSDP2, tensor parallelism): the shards of a step and the sums over them."""
+"""Sharded parameters (DTensor: FSDP2, tensor parallelism): shards of gradients, and sums over shards."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether this is a DTensor."""
+    """Return whether a value is a DTensor."""
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
 def to_local(value: Any) -> Any:
-    """This process's shard of a DTensor, sharing its memory; anything else unchanged."""
+    """Return this process's shard of a DTensor, sharing its memory; return other values unchanged."""
     return value.to_local() if is_sharded(value) else value
 
 
 def grad_shards(params: list[Any]) -> dict[Any, Tensor]:
-    """The part of each gradient that belongs to this process's shard of the parameter.
+    """Return the part of each gradient that belongs to this process's shard of the parameter.
 
     Gradients that arrive as partial sums (those of norms and biases under tensor parallelism) are summed together, in
-    one collective per mesh dimension and dtype. torch redistributes all others whose placements are not their
-    parameter's.
+    one collective per mesh dimension and dtype. Other gradients whose placements differ from their parameter's are
+    redistributed by torch.
     """
     values = [param.grad.to_local() for param in params]
     placements = [list(param.grad.placements) for param in params]
@@ -33,7 +33,7 @@ def grad_shards(params: list[Any]) -> dict[Any, Tensor]:
         if param.grad.placements == param.placements:
             continue
         partial = [dim for dim, place in enumerate(placements[i]) if place.is_partial()]
-        if all(_is_sum(placements[i][dim]) for dim in partial):  # sums do not commute with a maximum over other shards
+        if all(_is_sum(placements[i][dim]) for dim in partial):  # a sum and a maximum do not commute
             for dim in partial:
                 partial_sums.setdefault((param.grad.device_mesh, dim, param.grad.dtype), []).append(i)
     for (mesh, dim, _), members in partial_sums.items():
@@ -58,7 +58,7 @@ def grad_shards(params: list[Any]) -> dict[Any, Tensor]:
 
 
 def _is_sum(placement: Any) -> bool:
-    """Whether the shards are to be added; subclasses of torch's Partial are reduced in their own way."""
+    """Return whether a placement is a partial sum; subclasses of torch's Partial are reduced in other ways."""
     return type(placement).__name__ == "Partial" and placement.reduce_op == "sum"
 
 
@@ -74,7 +74,7 @@ def sum_over_shards(params: list[Any], values: list[Tensor]) -> None:
         for dim in range(mesh.ndim):
             if mesh.size(dim) == 1 or all(placements[dim].is_replicate() for placements, _ in members):
                 continue
-            # Each replica adds its share of a value, so that together they count it once.
+            # Each of n replicas adds 1/n of its value, so that the value counts once.
             shares = [1 / mesh.size(dim) if placements[dim].is_replicate() else 1.0 for placements, _ in members]
             stacked = torch.stack([share * value for share, (_, value) in zip(shares, members, strict=True)])
             torch.distributed.all_reduce(stacked, group=mesh.get_group(dim))

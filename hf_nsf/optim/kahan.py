@@ -15,7 +15,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def kahan_value(params: list[Tensor], comps: list[Tensor] | None, dtype: torch.dtype) -> list[Tensor]:
-    """Parameters in a dtype of higher precision, plus their earlier rounding errors."""
+    """Return parameters in a dtype of higher precision, plus their earlier rounding errors."""
     values = [param.to(dtype) for param in params]
     if comps is not None:
         torch._foreach_add_(values, [comp.to(dtype) for comp in comps])
@@ -23,7 +23,7 @@ def kahan_value(params: list[Tensor], comps: list[Tensor] | None, dtype: torch.d
 
 
 def kahan_round(params: list[Tensor], comps: list[Tensor] | None, values: list[Tensor]) -> None:
-    """Round values of higher precision to the parameters, and keep the rounding errors in `comps`."""
+    """Round values of higher precision to the parameters, and store the rounding errors in `comps`."""
     torch._foreach_copy_(params, values)
     if comps is not None:
         torch._foreach_sub_(values, [param.to(value.dtype) for param, value in zip(params, values, strict=True)])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NSF's exponent p as a pure function of the number of updates made (arXiv 2509.04713).
 
-The paper's own range, shape and period of the cycle are not known to us.
+The paper's range, shape and period of the cycle are unknown; the defaults here are this package's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEAST_P, LARGEST_P, LARGEST_COUNT = -1.0, 1.0, 1e9
 _LEAST_DEFAULT_PERIOD, _LEAST_PERIOD = 8, 4
 CYCLE_OPTIONS = ("p", "p_min", "p_max", "cycle_steps", "cycles", "total_steps", "cycle_shape")
 
-# Each maps the position phi in [0, 1) within a cycle to the weight of p_max; the rest is p_min's.
+# Each maps the position phi in [0, 1) within a cycle to the weight of p_max; p_min has the remaining weight.
 _SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda phi: (1 + math.cos(2 * math.pi * phi)) / 2,
     "triangular": lambda phi: abs(1 - 2 * phi),
@@ -69,7 +69,7 @@ def check_cycle(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps_and_cycles(options: dict[str, Any]) -> tuple[Any, Any]:
-    """A number of updates, and the number of cycles in them."""
+    """Return a number of updates and the number of cycles in it."""
     if options["cycle_steps"] is not None:
         return options["cycle_steps"], 1
     total, cycles = options["total_steps"], options["cycles"]
@@ -84,12 +84,12 @@ def _steps_and_cycles(options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def lacks_total(options: dict[str, Any]) -> bool:
-    """Whether `cycles` is given without the `total_steps` that it needs."""
+    """Return whether `cycles` is given without the `total_steps` that it needs."""
     return options["cycles"] is not None and options["total_steps"] is None
 
 
 def p_at(k: float, options: dict[str, Any]) -> float:
-    """The exponent of the update after `k` updates.
+    """Return the exponent of the update after `k` updates.
 
     Args:
         k: number of updates made.
@@ -102,14 +102,14 @@ def p_at(k: float, options: dict[str, Any]) -> float:
         p = float(options["p"])
         return p if LEAST_P <= p <= LARGEST_P else check_within("p", p, LEAST_P, LARGEST_P)
     steps, cycles = _steps_and_cycles(options)
-    # Not k mod (steps / cycles): its rounding would put some k at the end of a cycle instead of its beginning.
+    # k mod (steps / cycles) would be rounded, which puts some k at the end of a cycle instead of its beginning.
     weight = _SHAPES[options["cycle_shape"]](k * cycles % steps / steps)
     low, high = options["p_min"], options["p_max"]
     return float(low + (high - low) * weight)
 
 
 def short_period(options: dict[str, Any]) -> float | None:
-    """The period in updates if an explicit one is below 4, which can hardly be a cycle; else None."""
+    """Return the period in updates if it was set and is below 4, too short for a cycle; else None."""
     if options["p"] is not None or options["cycle_steps"] is None and options["cycles"] is None:
         return None
     steps, cycles = _steps_and_cycles(options)
@@ -129,11 +129,11 @@ def p_schedule(
     """Preview the schedule of p.
 
     With P the period in updates and phi = (k mod P) / P: cosine `p_min + (p_max - p_min) (1 + cos 2 pi phi) / 2`;
-    triangular p_max -> p_min -> p_max; sawtooth p_max -> p_min and back at once; square p_max in the first half, p_min
+    triangular p_max -> p_min -> p_max; sawtooth p_max -> p_min, then a jump back; square p_max in the first half, p_min
     in the second.
 
     Args:
-        steps: numbers k of updates made before.
+        steps: numbers of updates made so far, k.
         p: a constant exponent in [-1, 1] instead of a cycle.
         p_min: lowest exponent in [-1, 1], default 0.25.
         p_max: highest exponent, default 0.5; training begins there.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading an optimizer's state: the check that it fits, and float32 states that keep their dtype."""
+"""Loading an optimizer's state: check that it fits; float32 states keep their dtype."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 
 from .kahan import LOW_PRECISION
 
-# Options of one optimizer or another: from a full checkpoint FSDP2 adds those of the optimizer that saved it to ours.
+# Options of several optimizers: FSDP2 adds the options of the optimizer that saved a full checkpoint to ours.
 _OPTIONS = {"grafting", "low_loss_momentum", "betas", "amsgrad", "dampening"}
 
 
 def saved_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Pairs of a parameter and its entry in a state dict of the same groups."""
+    """Yield each parameter and its entry in a state dict with the same groups."""
     saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    for index, param in zip(saved, params, strict=False):  # torch refuses other numbers of them
+    for index, param in zip(saved, params, strict=False):  # torch checks that the numbers of parameters agree
         state = state_dict["state"].get(index)
         if isinstance(state, dict):
             yield param, state
@@ -34,20 +34,20 @@ def load_state(
     load: Callable[[Any], None],
     keep_dtype: bool = True,
 ) -> None:
-    """Load a state dict of the same kind of optimizer, after checking that it fits.
+    """Check that a state dict was saved by the same kind of optimizer, then load it.
 
-    The checks see what load_state_dict hooks made of the dict, and post-hooks see the restored dtypes.
+    The check runs after the user's pre-hooks, and the dtypes are restored before the user's post-hooks.
 
     Args:
-        optimizer: what loads.
-        state_dict: what to load.
-        key: an option that stands in the groups of this kind of optimizer only.
-        names: states of the shape of their parameter.
-        load: torch's `load_state_dict`, bound.
-        keep_dtype: keep the dtype of these states for low-precision parameters, where torch casts them.
+        optimizer: the optimizer that loads.
+        state_dict: the state to load.
+        key: an option that only the groups of this kind of optimizer have.
+        names: states that have their parameter's shape.
+        load: torch's `load_state_dict`, bound to the optimizer.
+        keep_dtype: keep the dtype of these states for low-precision parameters; torch would cast them.
 
     Raises:
-        ValueError: the state is that of another optimizer, or of parameters of other shapes.
+        ValueError: another optimizer saved the state, or the parameters had other shapes.
     """
     seen: dict[str, Any] = {}
 

@@ -175,11 +175,7 @@ def test_bf16_autocast(tmp_path, fresh):
     [
         (["--mixed_precision", "fp16"], "mixed_precision=fp16 needs a GPU: allowed are no and bf16"),
         (["--optim_args", "p_min=0.7"], "p_min=0.7 is above p_max=0.5"),
-        (["--optim_args", "cycles=0"], "cycles=0.0"),
-        (
-            ["--optim", "lcam", "--optim_args", "low_loss_momentum=2"],
-            "low_loss_momentum=2.0, allowed is a number in [0, 1)",
-        ),
+        (["--optim", "lcam", "--optim_args", "low_loss_momentum=2"], "allowed is a number in [0, 1)"),
         (["--learning_rate", "-1"], "lr=-1.0"),
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 is not allowed: give 1 or more"),
         (["--num_train_epochs", "0", "--optim", "lcam"], "num_train_epochs=0 is not allowed: give 1 or more"),
@@ -188,10 +184,7 @@ def test_bf16_autocast(tmp_path, fresh):
         (["--train_file", "gone.csv"], "gone.csv"),
         (["--optim_args", "momentum=0.9"], "optim=nsf has no option 'momentum'"),
         (["--resume_from_checkpoint", "gone"], "Tried to find gone but folder does not exist"),
-        (
-            ["--resume_from_checkpoint", str(Path(__file__).parent)],
-            f"No such file or directory: '{Path(__file__).parent}",
-        ),
+        (["--resume_from_checkpoint", str(Path(__file__).parent)], "No such file or directory"),
         (["--momentum", "0.9"], "--momentum"),
     ],
 )

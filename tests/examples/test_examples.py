@@ -100,18 +100,9 @@ def test_docstring_splits_share_no_module_and_no_opening_and_hide_names(docstrin
     assert len(set(openings)) == len(openings)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("An asyncio Queue of items", "An of items"),
-        ("asyncio.Queue(maxsize)", ".(maxsize)"),
-        ("Several queues wait", "Several wait"),
-        ("_queue is private", "is private"),
-        ("enqueue it", "enqueue it"),
-    ],
-)
-def test_strip_words(text, expected):
-    assert embedded_data.strip_words(text, {"asyncio", "queue"}) == expected
+def test_strip_words():
+    text = "An asyncio Queue of asyncio.Queue(maxsize): several queues, _queue, enqueue"
+    assert embedded_data.strip_words(text, {"asyncio", "queue"}) == "An of .(maxsize): several , , enqueue"
 
 
 def test_assign_modules_fills_the_shares():
@@ -155,13 +146,11 @@ def test_a_folder_of_tables(tmp_path):
 
 def test_declared_labels_stay_and_hidden_ones_leave_the_test_out(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+    flags = []
     for name, labels in (("train", [0, 1, 1]), ("validation", [1]), ("test", [-1])):
-        Dataset.from_dict({"text": ["x"] * len(labels), "label": labels}, features).to_parquet(
-            tmp_path / f"{name}.parquet"
-        )
-    flags = [
-        text for name in ("train", "validation", "test") for text in (f"--{name}_file", tmp_path / f"{name}.parquet")
-    ]
+        path = tmp_path / f"{name}.parquet"
+        Dataset.from_dict({"text": ["x"] * len(labels), "label": labels}, features).to_parquet(path)
+        flags += [f"--{name}_file", path]
     splits = load(flags, "text", "sentence")
     assert splits["train"].features["labels"].names == ["pos", "neg"] and set(splits) == {"train", "validation"}
     assert splits["train"]["labels"][:] == [0, 1, 1] and splits["validation"]["labels"][:] == [1]
@@ -305,12 +294,7 @@ def test_a_pretrained_model_and_images_on_demand(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [
-        ([90.0, 94.0, 96.0], 75.0),
-        ([90.0, 95.0, 94.0], 80.0),
-        ([96.0, 97.0, 98.0], math.nan),
-        ([1.0, 2.0, 3.0], math.nan),
-    ],
+    [([90, 94, 96], 75), ([90, 95, 94], 80), ([96, 97, 98], math.nan), ([1, 2, 3], math.nan)],
 )
 def test_fronts_are_compared_where_the_source_reaches_95_percent(source, expected):
     found = what_p_does.worst_at_source(np.array(source), np.array([85.0, 80.0, 70.0]))

@@ -113,21 +113,18 @@ def test_commands(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    ("arguments", "status", "out", "error"),
     [
-        ([], launcher.HELP),
-        (["-m"], launcher.HELP),
-        (["nowhere.py", "--optim", "nsf"], "python -m hf_nsf: there is no script and no command nowhere.py.\n"),
-        (["--optim", "nsf"], "python -m hf_nsf: there is no option --optim; the script comes first.\n"),
-        (["--local_rank=0"], "python -m hf_nsf: there is no script after --local_rank=0.\n"),
+        (["--help"], 0, launcher.HELP, ""),
+        ([], 2, "", launcher.HELP),
+        (["-m"], 2, "", launcher.HELP),
+        (["nowhere.py", "--x"], 2, "", "python -m hf_nsf: there is no script and no command nowhere.py.\n"),
+        (["--optim", "nsf"], 2, "", "python -m hf_nsf: there is no option --optim; the script comes first.\n"),
+        (["--local_rank=0"], 2, "", "python -m hf_nsf: there is no script after --local_rank=0.\n"),
     ],
 )
-def test_wrong_arguments_end_with_a_message(arguments, error, capsys):
-    assert launcher.main(arguments) == 2 and capsys.readouterr().err == error
-
-
-def test_help(capsys):
-    assert launcher.main(["--help"]) == 0 and capsys.readouterr().out == launcher.HELP
+def test_help_and_wrong_arguments_end_with_a_message(arguments, status, out, error, capsys):
+    assert launcher.main(arguments) == status and capsys.readouterr() == (out, error)
 
 
 def test_python_options_that_hide_the_launcher_are_refused(monkeypatch, capsys):
