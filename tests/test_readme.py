@@ -44,7 +44,7 @@ def test_commands_of_the_comparison_parse(monkeypatch):
     is_file = Path.is_file
     monkeypatch.setattr(Path, "is_file", lambda self: self.name == "run_glue.py" or is_file(self))
     found = commands("hf_nsf.compare")
-    assert len(found) >= 4
+    assert len(found) >= 3
     for words in found:
         options, script = parse(words)
         assert options.optims and script
