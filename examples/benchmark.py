@@ -21,7 +21,9 @@ import json
 import math
 import platform
 import re
+import shlex
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import distributions
@@ -169,7 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "training" in options.parts:
         results["Training"] = training(options.device, options.rounds)
     where = machine(options.device)
-    text = f"Measured on {where}.\n" + "".join(table(title, rows) for title, rows in results.items())
+    command = shlex.join(["python", "examples/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)])
+    text = f"`{command}`\n\nMeasured on {where}.\n" + "".join(table(title, rows) for title, rows in results.items())
     print(text)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "benchmark.md").write_text(text, encoding="utf-8")
