@@ -106,6 +106,15 @@ def test_kernels_that_cannot_be_imported_are_done_without(offer, monkeypatch):
         NSF([parameter()], fused=True)
 
 
+def test_right_kernels_are_proved_once(offer, monkeypatch):
+    offer()
+    asked, find_fault = [], kernels.find_fault
+    monkeypatch.setattr(kernels, "find_fault", lambda *args: asked.append(args[1:]) or find_fault(*args))
+    for p in (0.1, -0.5, 0.5):
+        NSF([parameter(), parameter()], p=p, fused=True).step()
+    assert asked == [(A_CHUNK, CPU, torch.float32, False)]
+
+
 @needs_numba
 def test_a_users_triton_interpreter_is_not_ours(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
