@@ -23,7 +23,7 @@ try:
     from matplotlib.figure import Figure, FigureBase
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 except ImportError as problem:
     raise ImportError(f"hf_nsf.plots needs matplotlib: pip install 'hf_nsf[plots]' ({problem})") from None
 
@@ -259,13 +259,7 @@ def log_scale(set_scale: Any, axis: Any, ticks: Sequence[float] | None = None) -
         axis.set_ticks(ticks)
         axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(_short))
-
-
-def _short(value: float, _: Any = None) -> str:
-    """0.02 or 1.25e-5."""
-    mantissa, _, exponent = f"{value:e}".partition("e")
-    return f"{value:g}" if -4 < int(exponent) < 6 else f"{float(mantissa):g}e{int(exponent)}"
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _shade(axis: Axes, phases: list[tuple[int, Series]]) -> None:
@@ -287,10 +281,9 @@ def _shade(axis: Axes, phases: list[tuple[int, Series]]) -> None:
 
 def _states(folder: Path) -> list[Path]:
     """The states of the Trainer in a folder: its own, and those of its checkpoints, the latest first."""
-    found = list(folder.glob("checkpoint-*/trainer_state.json"))
-    number = {file: file.parent.name.rpartition("-")[2] for file in found}
-    found.sort(key=lambda file: int(number[file]) if number[file].isdecimal() else -1, reverse=True)
-    return [*folder.glob("trainer_state.json"), *found]
+    found = folder.glob("checkpoint-*/trainer_state.json")
+    latest = sorted(found, key=lambda file: int("0" + re.sub(r"\D", "", file.parent.name)), reverse=True)
+    return [*folder.glob("trainer_state.json"), *latest]
 
 
 def _read(run: Path) -> list[Any]:
@@ -301,8 +294,7 @@ def _read(run: Path) -> list[Any]:
     for file in files:
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
-            history, step = state["log_history"], _number(state.get("global_step"))
-            found.append((-1.0 if step is None else step, list(history)))
+            found.append((_number(state.get("global_step")) or 0.0, list(state["log_history"])))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             damaged.append(file)
         if found and file.parent != run:
