@@ -72,6 +72,4 @@ def _check_range(name: str, value: Any, holds: Any, allowed: str) -> float:
 
 
 def _error(name: str, value: Any, allowed: str) -> ValueError:
-    text = repr(value)
-    text = text if len(text) <= 80 else text[:77] + "..."
-    return ValueError(f"Invalid {name}: {name}={text}, allowed is {allowed}.")
+    return ValueError(f"Invalid {name}: {name}={value!r:.80}, allowed is {allowed}.")

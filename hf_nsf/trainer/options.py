@@ -49,11 +49,6 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def readers_of(optim: str) -> dict[str, tuple[Callable[[str], Any], str]]:
     """Reader and allowed values of each option of "lcam" or "nsf"."""
     parameters = inspect.signature(OPTIMIZERS[optim]).parameters
@@ -79,7 +74,7 @@ def parse_optim_args(optim: str, text: str | None, device: Any = "cpu") -> dict[
         ValueError: a key or value is not allowed; the message shows it and what is allowed.
     """
     if not isinstance(text, str | None):
-        raise ValueError(f"Invalid optim_args: {_shown(text)} is not a string; allowed is key=value,key=value.")
+        raise ValueError(f"Invalid optim_args: {text!r:.80} is not a string; allowed is key=value,key=value.")
     return dict(_parse(optim, (text or "").strip(), str(device)))
 
 
@@ -90,27 +85,24 @@ def _parse(optim: str, text: str, device: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in text.split(",") if text else ():
         key, _, value = (part.strip() for part in item.partition("="))
-        if not item.strip():
-            raise ValueError(f"Invalid optim_args: extra comma in {_shown(text)!r}; {form}.")
-        if not key or not value:
-            raise ValueError(f"Invalid optim_args: {_shown(item.strip())!r} lacks a key or a value; {form}.")
-        if "=" in value:
-            raise ValueError(f"Invalid optim_args: {_shown(item.strip())!r} has two =, is a comma missing? {form}.")
+        if not key or not value or "=" in value:
+            where = f"{item.strip()!r:.80} in {text!r:.80}"
+            raise ValueError(f"Invalid optim_args: {where} is not key=value, is a comma missing or extra? {form}.")
         if key in _SET_ELSEWHERE and key in inspect.signature(OPTIMIZERS[optim]).parameters:
-            raise ValueError(f"Invalid optim_args: {key}={_shown(value)} is not allowed here: {_SET_ELSEWHERE[key]}.")
+            raise ValueError(f"Invalid optim_args: {key}={value:.80} is not allowed here: {_SET_ELSEWHERE[key]}.")
         if key not in readers:
             near = difflib.get_close_matches(key, readers, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"Invalid optim_args: optim={optim} has no option {_shown(key)!r} (value {_shown(value)}), did you "
-                f"mean {near!r}? {form}."
+                f"Invalid optim_args: optim={optim} has no option {key!r:.80} (value {value:.80}), did you mean "
+                f"{near!r}? {form}."
             )
         if key in found:
-            raise ValueError(f"Invalid optim_args: {key} is given twice, the second time as {key}={_shown(value)}.")
+            raise ValueError(f"Invalid optim_args: {key} is given twice, the second time as {key}={value:.80}.")
         read, allowed = readers[key]
         try:
             found[key] = None if value in _NULLS else read(value)
         except (KeyError, ValueError):
-            raise ValueError(f"Invalid {key}: {key}={_shown(value)}, allowed is {allowed}.") from None
+            raise ValueError(f"Invalid {key}: {key}={value:.80}, allowed is {allowed}.") from None
     options = {key: value for key, value in found.items() if value is not None}
     # Let the constructor check ranges and combinations, on a throwaway parameter.
     OPTIMIZERS[optim]([torch.zeros(1, device=device, requires_grad=True)], **options)

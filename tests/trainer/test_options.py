@@ -43,9 +43,9 @@ BAD = [
     ("nsf", "p", ["'p'", "key=value"]),
     ("nsf", "p=", ["'p='", "key=value"]),
     ("nsf", "=0.5", ["'=0.5'", "key=value"]),
-    ("nsf", "p=0.5,", ["extra comma", "p=0.5,"]),
-    ("nsf", "p_min=0.1 cycles=8", ["'p_min=0.1 cycles=8'", "is a comma missing?"]),
-    ("nsf", "p_min=0.1;cycles=8", ["'p_min=0.1;cycles=8'", "is a comma missing?"]),
+    ("nsf", "p=0.5,", ["'' in 'p=0.5,'", "is a comma missing or extra?"]),
+    ("nsf", "p_min=0.1 cycles=8", ["'p_min=0.1 cycles=8'", "is a comma missing"]),
+    ("nsf", "p_min=0.1;cycles=8", ["'p_min=0.1;cycles=8'", "is a comma missing"]),
     ("nsf", {"p": 0.5}, ["is not a string"]),
     # Types.
     ("nsf", "p=abc", ["p=abc", "finite number"]),
