@@ -85,7 +85,7 @@ def command(*arguments, optim="nsf:p=0"):
 
 def test_the_command_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ours = ["--optim", "nsf", "--optim_args", "p=0", "--learning_rate", "2e-05", "--seed", "7"]
+    ours = ["--optim", "nsf", "--optim_args", "p=0", "--learning_rate", "2.0e-05", "--seed", "7"]
     ours += ["--output_dir", "RUN/output"]
     start, script = [sys.executable, "-m", "hf_nsf"], ["-m", "trl.cli", "sft", "--packing", "true"]
     assert command("--", *script) == ([*start, *script, *ours], {})
@@ -93,7 +93,7 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
     assert command("--launcher", other, "--", *script)[0] == [*other.split(), *script, *ours]
     # Filled in where the command says, nothing is appended.
     script = ["axolotl", "train", "c.yaml", "--optimizer", "{optim}", "--optim_args={optim_args}", "{learning_rate}"]
-    filled = ["axolotl", "train", "c.yaml", "--optimizer", "nsf", "--optim_args=p=0", "2e-05", "7:RUN/output", "{x}"]
+    filled = ["axolotl", "train", "c.yaml", "--optimizer", "nsf", "--optim_args=p=0", "2.0e-05", "7:RUN/output", "{x}"]
     assert command("--", *script, "{seed}:{output_dir}", "{x}") == ([*start, *filled], {})
     # Files are written to the folder of the run.
     Path("cfg.json").write_text('{"optim": "{optim}", "seed": {seed}, "rate": {learning_rate}, "o": "{output_dir}"}')

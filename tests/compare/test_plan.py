@@ -12,7 +12,7 @@ import statistics
 import pytest
 import yaml
 
-from hf_nsf.compare.plan import Plan, Run, fill, fill_file
+from hf_nsf.compare.plan import Plan, Run, fill
 
 BEST = {"sgd": 0.32, "sgd:momentum=0.9": 0.02}
 
@@ -167,8 +167,8 @@ def test_names_of_folders():
 
 def test_filled_files_keep_their_format():
     values = Run("nsf:p_min=0", 5e-5, 7).values('C:\\out "1" {seed}')
-    text = fill_file('{"lr": {learning_rate}, "seed": {seed}, "out": "{output_dir}"}', values, is_json=True)
+    text = fill('{"lr": {learning_rate}, "seed": {seed}, "out": "{output_dir}"}', values, in_json=True)
     assert json.loads(text) == {"lr": 5e-5, "seed": 7, "out": 'C:\\out "1" {seed}'}
-    text = fill_file("lr: {learning_rate}\noptim_args: {optim_args}\nx: {y}", values, is_json=False)
+    text = fill("lr: {learning_rate}\noptim_args: {optim_args}\nx: {y}", values)
     assert yaml.safe_load(text)["lr"] == 5e-5 and "x: {y}" in text
     assert fill("{output_dir}/{seed}", values) == 'C:\\out "1" {seed}/7'
