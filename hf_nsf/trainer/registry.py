@@ -40,14 +40,11 @@ def _nsf_handler(context: Any) -> tuple[type[NSF], dict[str, Any]]:
 _HANDLERS = {"lcam": _lcam_handler, "nsf": _nsf_handler}
 
 
-def _host(name: str) -> Any:
-    return importlib.import_module(f"transformers.{name}")
-
-
 def _tables() -> tuple[Any, list[Any], dict[Any, Any]]:
     """The Trainer's module, the enum with the older ones that modules hold after a reload, and the handlers."""
+    names = ("trainer", "training_args", "trainer_optimizer")
     try:
-        modules = [_host(name) for name in ("trainer", "training_args", "trainer_optimizer")]
+        modules = [importlib.import_module(f"transformers.{name}") for name in names]
         return modules[0], [module.OptimizerNames for module in modules], modules[0]._OPTIMIZER_HANDLERS
     except (AttributeError, ModuleNotFoundError):
         raise ImportError(
