@@ -17,6 +17,7 @@ DEFAULT_CYCLES, DEFAULT_CYCLE_STEPS = 16, 100
 LEAST_P, LARGEST_P, LARGEST_COUNT = -1.0, 1.0, 1e9
 _LEAST_DEFAULT_PERIOD, _LEAST_PERIOD = 8, 4
 CYCLE_OPTIONS = ("p", "p_min", "p_max", "cycle_steps", "cycles", "total_steps", "cycle_shape")
+_EXCLUDED = {"p": ("p_min", "p_max", "cycle_steps", "cycles", "cycle_shape"), "cycle_steps": ("cycles",)}
 
 # Each maps the position phi in [0, 1) within a cycle to the weight of p_max; p_min has the remaining weight.
 _SHAPES: dict[str, Callable[[float], float]] = {
@@ -29,31 +30,24 @@ CYCLE_SHAPES = tuple(_SHAPES)
 
 
 def check_cycle(options: dict[str, Any]) -> dict[str, Any]:
-    """Validate the options of a cycle and fill in the defaults of range and shape.
+    """Return the options of a cycle as plain floats, strings and None, with the defaults of range and shape.
 
-    Args:
-        options: maps each of `CYCLE_OPTIONS` to a value or None.
-
-    Returns:
-        The options as plain floats, strings and None. With a constant p, the others are None.
+    With a constant p, the others are None.
 
     Raises:
         ValueError: a value is out of its range, or two options exclude each other.
     """
     found = {name: value for name, value in options.items() if value is not None}
-    if "p" in found:
-        for name, value in found.items():
-            if name not in ("p", "total_steps"):
+    for given, excluded in _EXCLUDED.items():
+        for name in excluded if given in found else ():
+            if name in found:
                 raise ValueError(
-                    f"Invalid {name}: {name}={value!r} is not allowed with a constant p={found['p']!r}; give one."
+                    f"Invalid {name}: {name}={found[name]!r} is not allowed with {given}={found[given]!r}; give one "
+                    "of the two."
                 )
-        return {**dict.fromkeys(CYCLE_OPTIONS), "p": check_within("p", found["p"], LEAST_P, LARGEST_P)}
-    if "cycles" in found and "cycle_steps" in found:
-        raise ValueError(
-            f"Invalid cycles: cycles={found['cycles']!r} is not allowed with cycle_steps={found['cycle_steps']!r}; "
-            "give one of the two."
-        )
     checked: dict[str, Any] = dict.fromkeys(CYCLE_OPTIONS)
+    if "p" in found:
+        return checked | {"p": check_within("p", found["p"], LEAST_P, LARGEST_P)}
     for name, default in (("p_min", DEFAULT_P_MIN), ("p_max", DEFAULT_P_MAX)):
         checked[name] = check_within(name, found.get(name, default), LEAST_P, LARGEST_P)
     if checked["p_min"] > checked["p_max"]:
@@ -89,11 +83,7 @@ def lacks_total(options: dict[str, Any]) -> bool:
 
 
 def p_at(k: float, options: dict[str, Any]) -> float:
-    """Return the exponent of the update after `k` updates.
-
-    Args:
-        k: number of updates made.
-        options: as :func:`check_cycle` returns them; a parameter group of :class:`hf_nsf.NSF` is one.
+    """Return the exponent after `k` updates; `options` as :func:`check_cycle` returns them, as in NSF's groups.
 
     Raises:
         ValueError: `cycles` is given without `total_steps`, or a constant p was set to a value outside of [-1, 1].

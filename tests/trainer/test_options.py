@@ -64,7 +64,7 @@ BAD = [
     ("lcam", "foreach=true,fused=true", ["foreach", "fused"]),
     ("lcam", "kahan_sum=true", ["optim=lcam has no option 'kahan_sum'"]),
     ("nsf", "p_min=0.6", ["p_min=0.6", "p_max=0.5", "p_min <= p_max"]),
-    ("nsf", "p=0.5,cycle_shape=cosine", ["cycle_shape", "constant p"]),
+    ("nsf", "p=0.5,cycle_shape=cosine", ["cycle_shape", "p=0.5"]),
 ]
 
 
