@@ -34,17 +34,11 @@ def load_state(
     load: Callable[[Any], None],
     keep_dtype: bool = True,
 ) -> None:
-    """Check that a state dict was saved by the same kind of optimizer, then load it.
+    """Check that a state dict was saved by the same kind of optimizer, then load it by torch's `load`.
 
-    The check runs after the user's pre-hooks, and the dtypes are restored before the user's post-hooks.
-
-    Args:
-        optimizer: the optimizer that loads.
-        state_dict: the state to load.
-        key: an option that only the groups of this kind of optimizer have.
-        names: states that have their parameter's shape.
-        load: torch's `load_state_dict`, bound to the optimizer.
-        keep_dtype: keep the dtype of these states for low-precision parameters; torch would cast them.
+    Only the groups of this kind of optimizer have the option `key`. The states in `names` have their parameter's shape;
+    `keep_dtype` keeps their dtype for low-precision parameters, where torch would cast them. The check runs after the
+    user's pre-hooks, and the dtypes are restored before the user's post-hooks.
 
     Raises:
         ValueError: another optimizer saved the state, or the parameters had other shapes.
