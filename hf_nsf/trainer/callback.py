@@ -154,24 +154,19 @@ class PhaseCallback(TrainerCallback):
             return
         group, skipped = ours.param_groups[0], bool(getattr(optimizer, "step_was_skipped", False))
         loss, micro_batches = self._take_loss()
-        if loss is None:
-            decision = group["loss_count"], group["loss_mean"]
-            if decision == self._last_decision and not skipped:  # nor did a second PhaseCallback receive a loss
-                logger.warning_once(
-                    "LCAM received no loss, so its momentum is not updated: this Trainer's training_step does not call "
-                    "transformers.Trainer's. Let it call hf_nsf.PhaseCallback.from_trainer(self).observe(loss)."
-                )
-            self._last_decision = decision
-            return
         self._largest_window = max(self._largest_window, micro_batches)
-        usual = micro_batches == min(self._largest_window, args.gradient_accumulation_steps)
-        self._phase.step(loss, skipped=skipped or not usual)
-        self._has_mean = self._has_mean or group["loss_count"] > 0
-        self._ignored = 0 if usual else self._ignored + 1
+        usual = 0 < micro_batches == min(self._largest_window, args.gradient_accumulation_steps)
+        if loss is not None:
+            self._phase.step(loss, skipped=skipped or not usual)
+            self._has_mean = self._has_mean or group["loss_count"] > 0
+        decision = group["loss_count"], group["loss_mean"]  # a second PhaseCallback may have received the losses
+        self._ignored = 0 if usual or decision != self._last_decision else self._ignored + 1
+        self._last_decision = decision
         if self._ignored == 10:
             logger.warning_once(
-                f"LCAM's momentum is not updated: the last 10 updates had other numbers of micro-batches (the last had "
-                f"{micro_batches}) than gradient_accumulation_steps={args.gradient_accumulation_steps}."
+                f"LCAM's momentum is not updated: the last 10 updates had other numbers of losses (the last had "
+                f"{micro_batches}) than gradient_accumulation_steps={args.gradient_accumulation_steps}. A training_step"
+                " without transformers.Trainer's must call hf_nsf.PhaseCallback.from_trainer(self).observe(loss)."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
