@@ -141,7 +141,7 @@ FILES = {
     "a file in place of the run": (lambda run: (shutil.rmtree(run), run.write_text("")), None),
     "another command": (
         lambda run: edit(run / "result.json", command={"launcher": None, "script": ["x"]}),
-        "holds runs of another command, .* x: take another --output_dir"),
+        "holds runs of another command or --template, .* x: take another --output_dir"),
     "a file in place of the runs": (lambda run: (shutil.rmtree(run.parent), run.parent.write_text("")), "director"),
     "a file in place of the folder": (
         lambda run: (shutil.rmtree(run.parents[1]), run.parents[1].write_text("")), "File exists"),
@@ -180,7 +180,7 @@ def test_a_command_without_results_may_be_corrected(bench):
     assert tool.main([*arguments, "--wrong", "1"]) == 1
     bench.set_faults()
     assert tool.main(arguments) == 0
-    with pytest.raises(SystemExit, match="another command, .* --wrong 1|take another --output_dir"):
+    with pytest.raises(SystemExit, match="another command or --template, .* --wrong 1|take another --output_dir"):
         tool.main([*arguments, "--wrong", "1"])
 
 
@@ -307,7 +307,7 @@ def test_template_is_written_to_the_folder_of_each_run(bench):
     filled = json.loads(next(bench.out.glob("runs/a-lr5e-05-seed1001")).joinpath("cfg.json").read_text())
     assert (filled["optim"], filled["learning_rate"], filled["seed"]) == ("a", 5e-5, 1001)
     template.write_text(template.read_text() + " ")
-    with pytest.raises(SystemExit, match="with another --template"):
+    with pytest.raises(SystemExit, match="another command or --template, "):
         tool.main(arguments)
 
 
