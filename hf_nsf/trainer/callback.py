@@ -23,13 +23,21 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def add_callback(trainer: Any, callback: TrainerCallback) -> None:
-    """Put a callback first in a training that has started, and call it for the events that it missed."""
+def find_callback(trainer: Any, kind: type[TrainerCallback], add: bool) -> Any:
+    """The trainer's callback of that kind (the last added), or None.
+
+    With `add`, a missing one is added to the training that has begun, as frameworks replace the list of default
+    callbacks: first, so that trackers see its values, and called for the events that it missed.
+    """
     handler = trainer.callback_handler
-    handler.callbacks = [callback, *handler.callbacks]  # a new list: the old one may be in a loop over an event
-    context = {"optimizer": trainer.optimizer, "train_dataloader": handler.train_dataloader}
-    for event in (callback.on_train_begin, callback.on_epoch_begin):
-        event(trainer.args, trainer.state, trainer.control, **context)
+    found = next((callback for callback in reversed(handler.callbacks) if isinstance(callback, kind)), None)
+    if found is None and add:
+        found = kind()
+        handler.callbacks = [found, *handler.callbacks]  # a new list: the old one may be in a loop over an event
+        context = {"optimizer": trainer.optimizer, "train_dataloader": handler.train_dataloader}
+        for event in (found.on_train_begin, found.on_epoch_begin):
+            event(trainer.args, trainer.state, trainer.control, **context)
+    return found
 
 
 class PhaseCallback(TrainerCallback):
@@ -62,16 +70,9 @@ class PhaseCallback(TrainerCallback):
 
     @staticmethod
     def from_trainer(trainer: Any) -> PhaseCallback | None:
-        """The trainer's PhaseCallback (the last added), or None if its optimizer is neither LCAM nor NSF.
-
-        A missing one is added, as frameworks replace the list of default callbacks: first, so that trackers see its
-        values.
-        """
-        callbacks = reversed(trainer.callback_handler.callbacks)
-        found = next((callback for callback in callbacks if isinstance(callback, PhaseCallback)), None)
-        if found is None and isinstance(unwrap_optimizer(trainer.optimizer), (LCAM, NSF)):
-            found = PhaseCallback()
-            add_callback(trainer, found)
+        """The trainer's PhaseCallback (the last added); a missing one is added if its optimizer is LCAM or NSF."""
+        is_ours = isinstance(unwrap_optimizer(trainer.optimizer), (LCAM, NSF))
+        found: PhaseCallback | None = find_callback(trainer, PhaseCallback, add=is_ours)
         return found
 
     def observe(self, loss: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import transformers
 
 from ..optim import LCAM, NSF
-from .callback import PhaseCallback, add_callback
+from .callback import PhaseCallback, find_callback
 from .names import add_names, optimizer_name, remove_names
 from .options import parse_optim_args
 from .save_state import SAVE_STATE, SaveState
@@ -63,9 +63,8 @@ def _report_loss(training_step: Any) -> Any:
 
     @functools.wraps(training_step)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        callbacks = self.callback_handler.callbacks
-        if os.environ.get(SAVE_STATE) and not any(isinstance(callback, SaveState) for callback in callbacks):
-            add_callback(self, SaveState())
+        if os.environ.get(SAVE_STATE):
+            find_callback(self, SaveState, add=True)
         callback = PhaseCallback.from_trainer(self)  # before the step, which may need NSF's total_steps
         loss = training_step(self, *args, **kwargs)
         if callback is not None:
