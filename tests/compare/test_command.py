@@ -34,7 +34,7 @@ def bench(tmp_path, monkeypatch):
         (["--optims", "nsf", "--seeds", "0"], [], "seeds: 0 is not above 0"),
         (["--optims", "nsf", "--factor", "1"], [], "--factor must be at least 1.01"),
         (["--optims", "nsf", "--launcher", "no_such_program -m"], [], "no program for --launcher no_such_program -m"),
-        (["--optims", "nsf", "--launcher", " "], [], "there is no program for --launcher"),
+        (["--optims", "nsf", "--devices_per_run", "2"], [], "--devices_per_run is 2, but there are 0 devices"),
         (
             ["--optims", "nsf", "--launcher", "ssh x", "--devices_per_run", "2"],
             [],
@@ -77,7 +77,7 @@ def test_better_is_lower_for_losses_alone(bench):
 
 def command(*arguments, optim="nsf:p=0"):
     run = Run(optim, 2e-5, 7)
-    made = Comparison(*parse(["--output_dir", "cmp", "--optims", optim, *arguments]), [{}])
+    made = Comparison(*parse(["--output_dir", "cmp", "--optims", optim, *arguments]))
     folder = Path("cmp").resolve() / "runs" / run.name
     words, files = made.command(run)
     return [word.replace(str(folder), "RUN") for word in words], files
@@ -85,6 +85,7 @@ def command(*arguments, optim="nsf:p=0"):
 
 def test_the_command_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     ours = ["--optim", "nsf", "--optim_args", "p=0", "--learning_rate", "2.0e-05", "--seed", "7"]
     ours += ["--output_dir", "RUN/output"]
     start, script = [sys.executable, "-m", "hf_nsf"], ["-m", "trl.cli", "sft", "--packing", "true"]

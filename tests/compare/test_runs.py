@@ -275,8 +275,8 @@ def test_more_devices_than_there_are_and_threads_of_a_cpu(bench, monkeypatch):
     assert runs_module.find_shares(1, 30) == [{"OMP_NUM_THREADS": "1"}]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert runs_module.find_shares(1, 3) == [{}]
-    with pytest.raises(SystemExit, match="--devices_per_run is 2, but there are 0 devices"):
-        tool.main([*bench.one_rate("a")[:2], "--devices_per_run", "2", *bench.one_rate("a")[2:]])
+    with pytest.raises(ValueError, match="--devices_per_run is 2, but there are 0 devices"):
+        runs_module.find_shares(2, 1)
 
 
 def test_the_probe_of_devices_is_right_here(monkeypatch):
@@ -313,7 +313,7 @@ def test_template_is_written_to_the_folder_of_each_run(bench):
 
 def test_progress_of_the_runs_at_work(bench):
     arguments = bench.one_rate("a")
-    comparison = tool.Comparison(*tool.parse(arguments), [{}])
+    comparison = tool.Comparison(*tool.parse(arguments))
     run = bench.out / "runs" / "x"
     run.mkdir(parents=True)
     for content, text in [
