@@ -45,14 +45,8 @@ def grad_shards(params: list[Any]) -> dict[Any, Tensor]:
             placements[i][dim] = torch.distributed.tensor.Replicate()
     for i, param in enumerate(params):
         if placements[i] != list(param.placements):
-            grad = param.grad.from_local(
-                values[i],
-                param.grad.device_mesh,
-                placements[i],
-                run_check=False,
-                shape=param.grad.shape,
-                stride=param.grad.stride(),
-            )
+            layout = {"shape": param.grad.shape, "stride": param.grad.stride()}
+            grad = param.grad.from_local(values[i], param.grad.device_mesh, placements[i], run_check=False, **layout)
             values[i] = grad.redistribute(param.device_mesh, param.placements).to_local()
     return dict(zip(params, values, strict=True))
 
