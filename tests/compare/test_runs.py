@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_emptied_is_no_obstacle(bench, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
 def test_a_file_system_without_locks_is_told_as_such(bench, monkeypatch, capsys, error):
-    def acquire(self):
+    def acquire(self, timeout):
         raise error
 
     monkeypatch.setattr(tool.filelock.FileLock, "acquire", acquire)
