@@ -161,7 +161,7 @@ def _number(value: Any) -> float | None:
         return math.inf
 
 
-def numbers(history: Any, wanted: Sequence[str] | None = None) -> dict[str, Series]:
+def numbers(history: Any) -> dict[str, Series]:
     """The numbers logged, the last one at each step; gaps (nan) where they are not finite or cannot be drawn."""
     found: dict[str, Series] = {}
     for entry in history if isinstance(history, (list, tuple)) else ():
@@ -169,7 +169,7 @@ def numbers(history: Any, wanted: Sequence[str] | None = None) -> dict[str, Seri
         if step is None or not abs(step) < 1e15:
             continue
         for name, value in entry.items():
-            if (wanted is None or name in wanted) and (number := _number(value)) is not None:
+            if (number := _number(value)) is not None:
                 found.setdefault(str(name), {})[step] = number if abs(number) < 1e100 else math.nan
     return found
 
