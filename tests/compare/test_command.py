@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,64 +16,48 @@ import hf_nsf
 from hf_nsf.compare.__main__ import Comparison, main, parse
 from hf_nsf.compare.plan import Run
 
+# The arguments after "--optims nsf", and the last line of the error. cfg.json is empty.
+REFUSED = {
+    "nsf -- -m x": "two of --optims are the same",
+    "--start_lr lcam=0.1 -- -m x": "--start_lr names lcam, which is not among --optims",
+    "--start_lr 0.1 -- -m x": "0.1 is not of the form OPTIMIZER=RATE",
+    "--start_lr nsf=high -- -m x": "nsf=high is not of the form OPTIMIZER=RATE",
+    "--start_lr nsf=0 -- -m x": "nsf: 0 is not above 0",
+    "--adam_lr nan -- -m x": "adam_lr: nan is not above 0",
+    "--seeds 0 -- -m x": "seeds: 0 is not above 0",
+    "--factor 1 -- -m x": "--factor must be at least 1.01",
+    "--launcher 'no_such_program -m' -- -m x": "no program for --launcher no_such_program -m",
+    "--launcher ' ' -- -m x": "there is no program for --launcher",
+    "-- -m x --learning-rate=3 --seed 1": "leave --learning-rate=3 and --seed out",
+    "nsf:p=0 -- tool {optim} {seed}": "{optim_args}, {learning_rate}, {output_dir}, too",
+    "--template no.json -- tool no.json": "No such file or directory: 'no.json'",
+    "--template cfg.json -- tool other.json": "must also stand among the script's arguments",
+    "--template cfg.json -- tool cfg.json": "must contain {optim}, {learning_rate}",
+    "-- no.py": "no script no.py",
+    "": "they stand after --",
+}
 
-@pytest.fixture
-def bench(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return Bench(tmp_path)
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_refused_arguments(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("cfg.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(shlex.split(f"--output_dir cmp --optims nsf {arguments}"))
+    assert REFUSED[arguments] in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("options", "script", "sentence"),
+    ("options", "better"),
     [
-        (["--optims", "nsf", "nsf"], [], "two of --optims are the same"),
-        (["--optims", "nsf", "--start_lr", "lcam=0.1"], [], "--start_lr names lcam, which is not among --optims"),
-        (["--optims", "nsf", "--start_lr", "0.1"], [], "0.1 is not of the form OPTIMIZER=RATE"),
-        (["--optims", "nsf", "--start_lr", "nsf=high"], [], "nsf=high is not of the form OPTIMIZER=RATE"),
-        (["--optims", "nsf", "--start_lr", "nsf=0"], [], "nsf: 0 is not above 0"),
-        (["--optims", "nsf", "--adam_lr", "nan"], [], "adam_lr: nan is not above 0"),
-        (["--optims", "nsf", "--seeds", "0"], [], "seeds: 0 is not above 0"),
-        (["--optims", "nsf", "--factor", "1"], [], "--factor must be at least 1.01"),
-        (["--optims", "nsf", "--launcher", "no_such_program -m"], [], "no program for --launcher no_such_program -m"),
-        (["--optims", "nsf", "--launcher", " "], [], "there is no program for --launcher"),
-        (
-            ["--optims", "nsf", "--launcher", "ssh x", "--devices_per_run", "2"],
-            [],
-            "is for this machine: let ssh x ask",
-        ),
-        (["--optims", "nsf"], ["--learning-rate=3", "--seed", "1"], "leave --learning-rate=3 and --seed out"),
-        (["--optims", "nsf:p=0"], ["{optim}", "{seed}"], "{optim_args}, {learning_rate}, {output_dir}, too"),
-        (["--optims", "nsf", "--template", "no.json"], ["no.json"], "No such file or directory: 'no.json'"),
-        (["--optims", "nsf", "--template", __file__], [], "must also stand among the script's arguments"),
-        (
-            ["--optims", "nsf", "--template", pytest.__file__],
-            [pytest.__file__],
-            "must contain {optim}, {learning_rate}",
-        ),
-        (["--optims", "nsf", "--no_such_option"], [], "unrecognized arguments: --no_such_option"),
+        ("--metric eval_f1", "higher"),
+        ("--metric eval_loss", "lower"),
+        ("--metric eval_f1 --lower_is_better", "lower"),
+        ("--metric loss --higher_is_better", "higher"),
     ],
 )
-def test_refused_options(bench, capsys, options, script, sentence):
-    with pytest.raises(SystemExit):
-        main(bench.arguments(*options, script=tuple(script)))
-    assert sentence in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(("script", "sentence"), [(["--", "no.py"], "no script no.py"), ([], "they stand after --")])
-def test_a_script_is_needed(capsys, script, sentence):
-    with pytest.raises(SystemExit):
-        main(["--output_dir", "cmp", "--optims", "nsf", *script])
-    assert sentence in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_better_is_lower_for_losses_alone(bench):
-    for options, better in [
-        (["--metric", "eval_f1"], "higher"),
-        (["--metric", "eval_loss"], "lower"),
-        (["--metric", "eval_f1", "--lower_is_better"], "lower"),
-        (["--metric", "loss", "--higher_is_better"], "higher"),
-    ]:
-        assert parse(bench.arguments("--optims", "lcam", *options))[0].better == better
+def test_better_is_lower_for_losses_alone(options, better):
+    assert parse(shlex.split(f"--output_dir cmp --optims lcam {options} -- -m x"))[0].better == better
 
 
 def command(*arguments, optim="nsf:p=0"):
@@ -103,25 +88,24 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
         assert json.loads(files["cfg.json"])["rate"] == 2e-5 and '"seed": 7' in files["cfg.json"]
 
 
-def test_dry_run_prints_the_plan_and_later_the_time(bench, capsys):
+def test_dry_run_prints_the_plan_and_later_the_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    bench = Bench(tmp_path)
     options = ["--optims", "a", "nsf:p=0,eps=1e-6", "--seeds", "4", "--search_seeds", "2"]
-    assert main(bench.arguments(*options, "--dry_run")) == 0
+    assert main(bench.arguments(*options, "--jobs", "2", "--dry_run")) == 0
     text = capsys.readouterr().out
     assert "nsf:p=0,eps=1e-6: learning rates 5e-05, 0.0001, 0.0002" in text
     assert "20 runs, up to 44, 2 at a time, such as" in text  # 2 (3 * 2 + 4), 2 (9 * 2 + 4)
     assert "--optim a --learning_rate" in text and "took" not in text
     assert not bench.out.exists() and not bench.starts()
     # Of 6 runs one has a result, after 100 s; two at a time make 250 s of the other five.
-    options = ["--optims", "a", "--seeds", "3"]
-    bench.compare(*options)
-    for folder in (bench.out / "runs").iterdir():
-        result = json.loads((folder / "result.json").read_text())
-        (folder / "result.json").write_text(json.dumps({**result, "seconds": 100.0}))
-    for path in bench.out.glob("runs/*/result.json"):
-        if path.parent.name != "a-lr0.0001-seed1001":
-            path.unlink()
+    arguments = bench.arguments("--optims", "a", "--seeds", "3", "--jobs", "2", "--dry_run")
+    comparison = Comparison(*parse(arguments), [{}])
+    result = {"code": 0, "seconds": 100.0, "log_history": [], "all_results": {"eval_accuracy": 0.5}}
+    (bench.out / "runs" / "a-lr0.0001-seed1001").mkdir(parents=True)
+    comparison.finish(Run("a", 1e-4, 1001), result)
     capsys.readouterr()
-    assert main(bench.arguments(*options, "--dry_run")) == 0
+    assert main(arguments) == 0
     assert "1 of them took 100 s on average, the other 5 take about 04:10, up to 09:10 if" in capsys.readouterr().out
 
 

@@ -18,7 +18,8 @@ from hf_nsf.compare.__main__ import main
 SCRIPT = """
 import json, math, os, signal, subprocess, sys, time
 from pathlib import Path
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+is_file = sys.argv[1].endswith(".json")
+given = json.loads(Path(sys.argv[1]).read_text()) if is_file else dict(zip(sys.argv[1::2], sys.argv[2::2]))
 optim, seed, rate = given["--optim"], int(given["--seed"]), float(given["--learning_rate"])
 work, out, state = Path(sys.argv[0]).parent, Path(given["--output_dir"]), Path(os.environ["HF_NSF_SAVE_STATE"])
 with open(work / "starts", "a") as file:
@@ -28,6 +29,11 @@ value = 0.9 - 0.01 * math.log2(rate / (4e-4 if optim == "b" else 1e-4)) ** 2 + 0
 log = [{"loss": 1.0, "step": 1}, {"eval_accuracy": value, "step": 2}, {"train_runtime": 4.0, "step": 2}]
 save = lambda log, path=state: path.write_text(json.dumps({"log_history": log}))
 results = lambda text: (out / "all_results.json").write_text(text)
+def start_child():
+    code = "import os, time; open(%r, 'a').write(f'{os.getpid()} '); time.sleep(90)" % str(work / "children")
+    child = subprocess.Popen([sys.executable, "-S", "-c", code], start_new_session=True)
+    while not (work / "children").exists(): time.sleep(0.02)
+    return child
 code = json.loads((work / "faults.json").read_text()).get(optim, "save(log)")
 exec(code)
 """
@@ -45,12 +51,12 @@ class Bench:
         (self.folder / "faults.json").write_text(json.dumps(faults))
 
     def arguments(self, *options: str, script: tuple[str, ...] = ()) -> list[str]:
-        launcher = [] if "--launcher" in options else ["--launcher", f"{sys.executable} -S"]  # starts at once
-        ours = ["--output_dir", str(self.out), *launcher, "--metric", "eval_accuracy", "--jobs", "2"]
+        ours = ["--output_dir", str(self.out), "--metric", "eval_accuracy"]
+        ours += ["--launcher", f"{sys.executable} -S"]  # starts at once
         return [*ours, *options, "--", str(self.script), *script]
 
-    def one_rate(self, *optims: str) -> list[str]:
-        return self.arguments("--optims", *optims, "--seeds", "1", "--learning_rates", "1")
+    def one_rate(self, *optims_and_options: str) -> list[str]:
+        return self.arguments("--seeds", "1", "--learning_rates", "1", "--optims", *optims_and_options)
 
     def compare(self, *options: str) -> dict:
         """The summary, by optimizer, of a comparison that must succeed."""
@@ -72,7 +78,7 @@ class Bench:
 
     def _lines(self) -> list[list[str]]:
         path = self.folder / "starts"
-        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        return [line.rsplit(maxsplit=3) for line in path.read_text().splitlines()] if path.exists() else []
 
     def popen(self, arguments: list[str], **kwargs) -> subprocess.Popen:
         """The comparison in a process of its own."""
