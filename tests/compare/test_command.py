@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison's command line: what it refuses, and the commands that it starts."""
 
-from __future__ import annotations
-
-import json
 import shlex
 import subprocess
 import sys
@@ -81,11 +78,9 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
     filled = ["axolotl", "train", "c.yaml", "--optimizer", "nsf", "--optim_args=p=0", "2e-05", "7:RUN/output", "{x}"]
     assert command("--", *script, "{seed}:{output_dir}", "{x}") == ([*start, *filled], {})
     # Files are written to the folder of the run.
-    Path("cfg.json").write_text('{"optim": "{optim}", "seed": {seed}, "rate": {learning_rate}, "o": "{output_dir}"}')
-    for word, copy in (("cfg.json", "RUN/cfg.json"), ("config=cfg.json", "config=RUN/cfg.json")):
-        words, files = command("--template", "cfg.json", "--", "tool", word, optim="nsf")
-        assert words == [*start, "tool", copy]
-        assert json.loads(files["cfg.json"])["rate"] == 2e-5 and '"seed": 7' in files["cfg.json"]
+    Path("cfg.json").write_text("{optim} {seed} {learning_rate} {output_dir}")
+    words, files = command("--template", "cfg.json", "--", "tool", "config=cfg.json", optim="nsf")
+    assert words == [*start, "tool", "config=RUN/cfg.json"] and files["cfg.json"].startswith("nsf 7 2.0e-05 /")
 
 
 def test_dry_run_prints_the_plan_and_later_the_time(tmp_path, monkeypatch, capsys):

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparisons that are killed at random, with their runs and children, end as undisturbed ones do."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

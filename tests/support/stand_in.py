@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder with a script that only writes what a Trainer would write, and short ways to compare optimizers with it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
