@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The protocol without a process: grids, choices, statistics; names of runs and what their files are filled with."""
 
-import argparse
 import itertools
 import json
 import math
@@ -9,16 +8,11 @@ import statistics
 
 import pytest
 import yaml
+from stand_in import carry_out, plan_options
 
 from hf_nsf.compare.plan import Plan, Run, fill, fill_file
 
 BEST = {"sgd": 0.32, "sgd:momentum=0.9": 0.02}
-
-
-def options(*optims, **changes):
-    defaults = {"metric": "eval_accuracy", "better": "higher", "seeds": 3, "search_seeds": 2, "learning_rates": 3}
-    defaults |= {"max_learning_rates": 9, "factor": 2.0, "adam_lr": 1e-4, "sgd_lr": 0.02, "start_lr": {}}
-    return argparse.Namespace(optims=list(optims), **{**defaults, **changes})
 
 
 def train(run):
@@ -36,19 +30,16 @@ def train(run):
     return {"code": 0, "all_results": {}, "log_history": [*log, {"eval_accuracy": value, "step": 100}]}
 
 
-def carry_out(*optims, **changes):
+def done(*optims, **changes):
     """A plan whose runs are all done, the summary by optimizer, what it said, and the runs in their order."""
     said = []
-    plan = Plan(options(*optims, **changes), said.append)
-    for stage in plan.stages():
-        for run in stage:
-            plan.results.setdefault(run, train(run))
+    plan = carry_out(Plan(plan_options(*optims, search_seeds=2, **changes), said.append), train)
     return plan, {row["optim"]: row for row in plan.summary()["optimizers"]}, said, list(plan.results)
 
 
 def test_protocol():
     nsf = "nsf:p=0,eps=1e-6"
-    plan, rows, said, runs = carry_out("adamw", nsf, "sgd")
+    plan, rows, said, runs = done("adamw", nsf, "sgd")
     # sgd's best rate is four doublings above its start: all grids grow until it lies inside, adamw's at its better end.
     rates = {optim: sorted({run.learning_rate for run in runs if run.optim == optim}) for optim in rows}
     assert rates["sgd"] == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64]
@@ -85,12 +76,12 @@ def test_protocol():
     ],
 )  # fmt: skip
 def test_choice_of_the_rate(optims, changes, chosen):
-    _, rows, _, _ = carry_out(*optims, **changes)
+    _, rows, _, _ = done(*optims, **changes)
     assert {optim: (rows[optim]["learning_rate"], rows[optim]["rate_on_edge"]) for optim in chosen} == chosen
 
 
 def test_lost_runs_are_counted_and_left_out_of_means():
-    plan, rows, said, runs = carry_out("broken", "adamw", "diverging", max_learning_rates=4)
+    plan, rows, said, runs = done("broken", "adamw", "diverging", max_learning_rates=4)
     keys = ("learning_rate", "rate_on_edge", "runs", "lost", "mean", "difference")
     found = {optim: tuple(row[key] for key in keys) for optim, row in rows.items()}
     # All runs of one failed: it has no final runs, and does not let the grids of others grow.
@@ -121,13 +112,13 @@ def test_lost_runs_are_counted_and_left_out_of_means():
     ],
 )  # fmt: skip
 def test_judgement_of_a_result(change, expected):
-    value, reason = Plan(options("adamw")).judge({**train(Run("adamw", 1e-4, 1)), **change})
+    value, reason = Plan(plan_options("adamw")).judge({**train(Run("adamw", 1e-4, 1)), **change})
     assert reason == expected if isinstance(expected, str) else (value, reason) == (pytest.approx(expected), "")
 
 
 @pytest.mark.parametrize("steps", [[None, None], ["1", [2]], [math.nan, math.inf], [{}, 2]])
 def test_entries_without_a_step_cost_nothing_but_themselves(steps):
-    plan = Plan(options("adamw"))
+    plan = Plan(plan_options("adamw"))
     log = [{"eval_accuracy": 0.5, **({"step": step} if step != {} else {})} for step in steps]
     run = Run("adamw", 1e-4, 1)
     plan.results[run] = {"code": 0, "all_results": {}, "log_history": log}
@@ -136,7 +127,7 @@ def test_entries_without_a_step_cost_nothing_but_themselves(steps):
 
 
 def test_seeds_above_1000_do_not_meet_those_of_the_search():
-    plan = Plan(options("adamw", seeds=1500))
+    plan = Plan(plan_options("adamw", seeds=1500))
     assert not set(plan.seeds) & set(plan.search_seeds)
 
 
@@ -151,7 +142,7 @@ def test_seeds_above_1000_do_not_meet_those_of_the_search():
 )
 def test_rates_that_would_coincide_or_vanish_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Plan(options("adamw", **changes))
+        Plan(plan_options("adamw", **changes))
 
 
 def test_names_of_folders():

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder with a script that only writes what a Trainer would write, and short ways to compare optimizers with it."""
+"""A folder with a script that only writes what a Trainer would write, and short ways to compare optimizers with it.
 
+Plans can be carried out without it: a function makes the result of each run.
+"""
+
+import argparse
 import json
 import os
 import signal
@@ -10,6 +14,7 @@ import time
 from pathlib import Path
 
 from hf_nsf.compare.__main__ import main
+from hf_nsf.compare.plan import Plan
 
 # The metric falls with the square of the distance from the best rate in octaves. An optimizer's name may be Python
 # code that the table FAULTS of the test wrote to faults.json: it is executed instead of writing results.
@@ -101,3 +106,16 @@ def wait_for(condition, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.02)
+
+
+def plan_options(*optims: str, **changes) -> argparse.Namespace:
+    given = {"metric": "eval_accuracy", "better": "higher", "seeds": 3, "search_seeds": 1, "learning_rates": 3}
+    given |= {"max_learning_rates": 9, "factor": 2.0, "adam_lr": 1e-4, "sgd_lr": 0.02, "start_lr": {}}
+    return argparse.Namespace(optims=list(optims), **given | changes)
+
+
+def carry_out(plan: Plan, train) -> Plan:
+    for runs in plan.stages():
+        for run in runs:
+            plan.results.setdefault(run, train(run))
+    return plan
