@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -26,7 +25,6 @@ fcntl = pytest.importorskip("fcntl", reason="signals, process groups and termina
 termios = pytest.importorskip("termios")
 
 SLEEPS = "time.sleep(60)"
-IGNORES_SIGTERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 ERASES_ITS_ENVIRONMENT = """import ctypes
 fields = open("/proc/self/stat").read().rpartition(")")[2].split()
 ctypes.memset(int(fields[47]), 0, int(fields[48]) - int(fields[47]))
@@ -62,7 +60,7 @@ RESULTS = {
     "results beside a damaged state": ("state.write_text('{'); results('{\"eval_accuracy\": 0.25}')", "0.25", False),
     "its folder removed": ("import shutil; shutil.rmtree(out.parent)", "FAILED, neither", True),
     "last words": ("sys.exit('last words' + chr(0x2192))", "FAILED, exit code 1", True),
-    "a log of 100 MB": ("[print('x' * 10**6) for _ in range(100)]; sys.exit('last words')", "last words", True),
+    "a log of 10 MB": ("[print('x' * 10**6) for _ in range(10)]; sys.exit('last words')", "last words", True),
 }  # fmt: skip
 
 
@@ -81,7 +79,7 @@ def test_results_of_runs(bench, capsys):
         assert sentence in reports[0][kind], (kind, reports[0][kind])
         assert (kind in reports[1]) == again and bench.starts().count((kind, 1e-4, 1)) == 1 + again, kind
         assert (rows[kind]["mean"] is None) == (again or sentence == "DIVERGED") == bool(rows[kind]["lost"]), kind
-    assert "which ends with\n    last words" in reports[0]["last words"]
+    assert "which ends with\n    last words" in reports[0]["last words"] and len(reports[0]["a log of 10 MB"]) < 10_000
     assert "`crash after its results` ended with exit code 3 (seed 1)" in table
 
 
@@ -172,7 +170,8 @@ def test_a_full_or_read_only_disk_is_told(bench, monkeypatch, number):
     real = runs_module.write
 
     def write(path, content):
-        if "pid" in content:  # the run has just been started
+        if "pid" in content:  # the run has been started
+            wait_for(bench.alive)
             raise OSError(number, os.strerror(number), str(path))
         real(path, content)
 
@@ -347,10 +346,9 @@ def test_a_signal_ends_the_comparison_in_order(bench, number):
 
 
 def test_a_second_signal_a_second_later_kills(bench):
-    bench.set_faults(a=IGNORES_SIGTERM + SLEEPS)
+    bench.set_faults(a=f"signal.signal(signal.SIGTERM, signal.SIG_IGN); (work / 'ready').touch(); {SLEEPS}")
     comparison, left = start(bench, bench.one_rate("a"))
-    wait_for(lambda: "SigIgn" in (status := Path(f"/proc/{left[0]}/status").read_text())
-        and int(status.split("SigIgn:")[1].split()[0], 16) >> 14 & 1)  # fmt: skip
+    wait_for((bench.folder / "ready").exists)
     begin = time.monotonic()
     comparison.terminate()
     time.sleep(1.3)
@@ -398,7 +396,7 @@ def test_runs_of_a_cluster_end_with_their_launcher(bench, monkeypatch, capsys):
     assert bench.summary()["optimizers"][0]["mean"] == 1.0  # the threads of this machine are not those of the nodes
 
 
-def test_processes_of_finished_runs_and_of_other_folders_are_left_alone(bench):
+def test_processes_of_finished_runs_and_of_other_comparisons_are_left_alone(bench):
     """Such as one that still uploads what a finished run has logged."""
     bench.set_faults(a="start_child(); save(log)")
     assert tool.main(bench.one_rate("a")) == 0
@@ -410,31 +408,23 @@ def test_processes_of_finished_runs_and_of_other_folders_are_left_alone(bench):
     for folder in (bench.out, bench.folder / "copied"):
         (folder / "command.json").unlink()
         assert tool.main(bench.one_rate("b", "--output_dir", str(folder))) in (0, 1)
+    with pytest.raises(SystemExit, match="Another comparison is at work in"):
+        tool.main(other.one_rate("a"))
     assert alive(child) and all(map(alive, runs)) and comparison.poll() is None
     stop(comparison, signal.SIGTERM)
     assert not other.alive()
 
 
-def test_two_comparisons_do_not_share_a_folder(bench):
-    bench.set_faults(a=SLEEPS)
-    comparison, left = start(bench, bench.one_rate("a"))
-    with pytest.raises(SystemExit, match="Another comparison is at work in"):
-        tool.main(bench.one_rate("a"))
-    assert all(map(alive, left))
-    stop(comparison, signal.SIGTERM)
-
-
-def test_a_process_that_cannot_be_ended_is_told(bench, monkeypatch, capsys):
-    child = subprocess.Popen(["sleep", "60"])
-    process = psutil.Process(child.pid)
-    monkeypatch.setattr(runs_module, "_members", lambda records: {process})
+def test_a_process_that_cannot_be_ended_is_told(tmp_path, monkeypatch):
+    child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    record = {"token": "t", "pid": child.pid, "started": time.time()}
     monkeypatch.setattr(psutil.Process, "terminate", lambda self: None)
     monkeypatch.setattr(psutil.Process, "kill", lambda self: None)
     clock = iter(range(0, 1000, 7))
     monkeypatch.setattr(runs_module.time, "monotonic", lambda: next(clock))
     said = []
-    handler = runs_module.Runs(bench.out, [{}], lambda: False, said.append)
-    handler.mine["x"] = {"token": "t"}
+    handler = runs_module.Runs(tmp_path, [{}], lambda: False, said.append)
+    handler.mine["x"] = record
     assert not handler.end() and said == [f"Process {child.pid} cannot be ended."] and "x" in handler.mine
     child.kill()
     child.wait()
