@@ -22,7 +22,7 @@ REFUSED = {
     "--start_lr nsf=0 -- -m x": "nsf: 0 is not above 0",
     "--adam_lr nan -- -m x": "adam_lr: nan is not above 0",
     "--seeds 0 -- -m x": "seeds: 0 is not above 0",
-    "--factor 1 -- -m x": "--factor must be at least 1.01",
+    "--factor 1.0001 -- -m x": "--factor must be at least 1.01, got 1.0001",
     "--launcher 'no_such_program -m' -- -m x": "no program for --launcher no_such_program -m",
     "--launcher ' ' -- -m x": "there is no program for --launcher",
     "-- -m x --learning-rate=3 --seed 1": "leave --learning-rate=3 and --seed out",
@@ -44,17 +44,14 @@ def test_refused_arguments(tmp_path, monkeypatch, capsys, arguments):
     assert REFUSED[arguments] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("options", "better"),
-    [
-        ("--metric eval_f1", "higher"),
-        ("--metric eval_loss", "lower"),
-        ("--metric eval_f1 --lower_is_better", "lower"),
-        ("--metric loss --higher_is_better", "higher"),
-    ],
-)
-def test_better_is_lower_for_losses_alone(options, better):
-    assert parse(shlex.split(f"--output_dir cmp --optims lcam {options} -- -m x"))[0].better == better
+def test_better_is_lower_for_losses_alone():
+    for options, better in {
+        "--metric eval_f1": "higher",
+        "--metric eval_loss": "lower",
+        "--metric eval_f1 --lower_is_better": "lower",
+        "--metric loss --higher_is_better": "higher",
+    }.items():
+        assert parse(shlex.split(f"--output_dir cmp --optims lcam {options} -- -m x"))[0].better == better, options
 
 
 def command(*arguments, optim="nsf:p=0"):

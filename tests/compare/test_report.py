@@ -10,7 +10,7 @@ import pytest
 from stand_in import carry_out, plan_options
 
 from hf_nsf.compare.plan import Plan
-from hf_nsf.compare.report import _figure_of, chance, page, picture, table
+from hf_nsf.compare.report import _figure_of, _period, chance, page, picture, table
 
 
 def finished(optims, make, **changed):
@@ -19,13 +19,13 @@ def finished(optims, make, **changed):
     return carry_out(Plan(plan_options(*optims, **rates | changed), lambda text: None), make)
 
 
-def result(value, seed, rate, every=1, steps=120, **more):
+def result(value, seed, rate, **more):
     """One of any metric at rates around 0.01, better with each seed, and a cycle of p of 30 updates."""
     value += 0.01 * seed % 0.1 - 0.1 * abs(math.log2(rate / 0.01)) if value else 0
     log = []
-    for step in range(every, steps + 1, every):
+    for step in range(3, 121, 3):
         cycle = 0.25 + 0.25 * math.cos(2 * math.pi * step / 30)
-        log.append({"step": step, "loss": 1 / step, "nsf_p": cycle, "eval_accuracy": value * step / steps})
+        log.append({"step": step, "loss": 1 / step, "nsf_p": cycle, "eval_accuracy": value * step / 120})
     return {"code": 0, "log_history": log, "all_results": {"eval_accuracy": value or None}, **more}
 
 
@@ -115,7 +115,7 @@ def drawn(figure):
 
 
 def test_the_picture_shows_search_results_and_curves():
-    names = ["adam", "nsf:cycle_steps=30", "_$x$_y", "diverging"]
+    names = ["adam", "nsf:cycle_steps=30", "_$x$:cycle_steps=20", "diverging"]
 
     def make(run):
         diverges = run.optim == "diverging" and run.learning_rate == 0.02
@@ -138,27 +138,15 @@ def test_the_picture_shows_search_results_and_curves():
     assert list(lines[2].get_ydata()) == list(plan.summary()["optimizers"][1]["values"].values())
     bad = [line for line in search.lines if line.get_color() == colours[3]][1]
     assert list(bad.get_xdata()) == [0.02] and bad.get_marker() == "x"
+    # Logged each third update, a cycle of 20 or less has less than eight points.
+    assert [line.get_linestyle() != "None" for line in curves[1].lines] == [False, True, False, False]
     (reference,) = [line for line in final.lines if list(line.get_ydata()) == [0, 1]]
     assert reference.get_xdata()[0] == plan.summary()["target"] and reference.get_color() == colours[0]
 
 
-@pytest.mark.parametrize(
-    ("every", "optim", "is_line"),
-    [
-        (3, "nsf:cycle_steps=30", True),
-        (5, "nsf:cycle_steps=30", False),
-        (3, "nsf:cycles=4", True),
-        (5, "nsf:p_min=0,cycles=4", False),
-        (1, "nsf", True),  # 15 cycles of 8 updates
-        (2, "nsf", False),
-        (60, "nsf:p=0.25", True),
-    ],
-)
-def test_a_cycle_logged_less_than_eight_times_is_points(every, optim, is_line):
-    plan = finished([optim], lambda run: result(0.5, run.seed, run.learning_rate, every))
-    axes, names = drawn(_figure_of(plan))
-    (line,) = axes[names.index("exponent p")].lines
-    assert (line.get_linestyle() != "None") == is_line
+def test_period_of_p():
+    periods = {"nsf:cycle_steps=30": 30, "nsf:p_min=0,cycles=4": 30, "nsf": 8, "nsf:p=0.25": math.inf}
+    assert {optim: _period(optim, 120) for optim in periods} == periods
 
 
 @pytest.mark.parametrize(

@@ -84,14 +84,11 @@ class Bench:
         return [line.rsplit(maxsplit=3) for line in path.read_text().splitlines()] if path.exists() else []
 
     def popen(self, arguments: list[str], **kwargs) -> subprocess.Popen:
-        """The comparison in a process of its own."""
-
-        def restore() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background has Ctrl-C ignored
-
-        environment = {"PYTHONPATH": str(Path(__file__).parents[2]), **os.environ, **kwargs.pop("env", {})}
-        kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": restore, **kwargs}
-        return subprocess.Popen([sys.executable, "-m", "hf_nsf.compare", *arguments], env=environment, **kwargs)
+        """The comparison in a process of its own, which Ctrl-C reaches even if this is a job in the background."""
+        settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        settings["env"] = {"PYTHONPATH": str(Path(__file__).parents[2]), **os.environ}
+        settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen([sys.executable, "-m", "hf_nsf.compare", *arguments], **settings | kwargs)
 
 
 def alive(pid: int) -> bool:
