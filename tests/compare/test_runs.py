@@ -313,7 +313,8 @@ def stop(comparison, *numbers):
 ENDINGS = {
     "a run": ("", [], 1),
     "a run that set its title": (ERASES_ITS_ENVIRONMENT, [], 1),
-    "a run with a child in a session of its own": ("start_child()", [], 2),
+    "a run with a child in a session of its own": ("start_child(env={})", [], 2),
+    "a run with an orphan in a session of its own": ("if os.fork() == 0: start_child(); os._exit(0)", [], 2),
     "a run under a shell": ("", ["sh", "-c", '"$0" "$@" & wait', sys.executable, "-S"], 1),
 }
 

@@ -32,9 +32,9 @@ value = 0.9 - 0.01 * math.log2(rate / (4e-4 if optim == "b" else 1e-4)) ** 2 + 0
 log = [{"loss": 1.0, "step": 1}, {"eval_accuracy": value, "step": 2}, {"train_runtime": 4.0, "step": 2}]
 save = lambda log, path=state: path.write_text(json.dumps({"log_history": log}))
 results = lambda text: (out / "all_results.json").write_text(text)
-def start_child():
+def start_child(**settings):
     code = "import os, time; open(%r, 'a').write(f'{os.getpid()} '); time.sleep(90)" % str(work / "children")
-    child = subprocess.Popen([sys.executable, "-S", "-c", code], start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-S", "-c", code], start_new_session=True, **settings)
     while not (work / "children").exists(): time.sleep(0.02)
     return child
 code = json.loads((work / "faults.json").read_text()).get(optim, "save(log)")
