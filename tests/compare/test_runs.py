@@ -101,12 +101,13 @@ def test_a_mistyped_metric_ends_the_comparison_at_once(bench):
     assert len(bench.starts()) == 8
 
 
-def test_finished_runs_are_not_repeated(bench, capsys):
-    rows = bench.compare("--optims", "a", "b:x=1/2", "b:x=1_2", "--seeds", "2")
-    starts = bench.starts()
-    assert rows["a"]["learning_rate"] == 1e-4 and len({tuple(run) for run in starts}) < len(starts) == 3 * (5 + 2)
-    assert bench.compare("--optims", "a", "b:x=1/2", "b:x=1_2", "--seeds", "2") == rows and bench.starts() == starts
-    bench.compare("--optims", "a", "b:x=1/2", "--seeds", "3")
+def test_finished_runs_are_not_repeated(bench):
+    arguments = bench.arguments("--optims", "a", "b:x=1/2", "b:x=1_2", "--seeds", "2")
+    assert tool.main(arguments) == 0
+    summary, starts = bench.summary(), bench.starts()
+    assert summary["optimizers"][0]["learning_rate"] == 1e-4 and len(set(starts)) < len(starts) == 3 * (5 + 2)
+    assert tool.main(arguments) == 0 and bench.summary() == summary and bench.starts() == starts
+    assert tool.main(bench.arguments("--optims", "a", "b:x=1/2", "--seeds", "3")) == 0
     assert [seed for _, _, seed in bench.starts()[len(starts) :]] == [3, 3]
 
 

@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-from hf_nsf.compare.__main__ import main
 from hf_nsf.compare.plan import Plan
 
 # The metric falls with the square of the distance from the best rate in octaves. An optimizer's name may be Python
@@ -60,11 +59,6 @@ class Bench:
 
     def one_rate(self, *optims_and_options: str) -> list[str]:
         return self.arguments("--seeds", "1", "--learning_rates", "1", "--optims", *optims_and_options)
-
-    def compare(self, *options: str) -> dict:
-        """The summary, by optimizer, of a comparison that must succeed."""
-        assert main(self.arguments(*options)) == 0
-        return {row["optim"]: row for row in self.summary()["optimizers"]}
 
     def summary(self) -> dict:
         return json.loads((self.out / "comparison.json").read_text())
