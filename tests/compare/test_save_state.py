@@ -137,7 +137,7 @@ SETTINGS |= {"save_strategy": "no", "report_to": "none"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["options", "file", "two processes"])
+@pytest.mark.parametrize("kind", ["file", "options in two processes"])
 def test_comparison_of_a_script_that_trains(tmp_path, kind, monkeypatch):
     (tmp_path / "train.py").write_text(TRAINER_SCRIPT)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"), prepend=os.pathsep)
@@ -153,7 +153,6 @@ def test_comparison_of_a_script_that_trains(tmp_path, kind, monkeypatch):
         script += [str(tmp_path / "args.json")]
     else:
         script += [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-    if kind == "two processes":
         launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 -m hf_nsf"
         options += ["--launcher", launcher]
     assert main([*options, *script]) == 0

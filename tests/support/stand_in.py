@@ -15,8 +15,8 @@ from pathlib import Path
 
 from hf_nsf.compare.plan import Plan
 
-# The metric falls with the square of the distance from the best rate in octaves. An optimizer's name may be Python
-# code that the table FAULTS of the test wrote to faults.json: it is executed instead of writing results.
+# The metric falls with the square of the distance from the best rate in octaves. Bench.set_faults gives single
+# optimizers Python code, which is executed instead of writing results.
 SCRIPT = """
 import json, math, os, signal, subprocess, sys, time
 from pathlib import Path
