@@ -68,6 +68,7 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
     ours += ["--output_dir", "RUN/output"]
     start, script = [sys.executable, "-m", "hf_nsf"], ["-m", "trl.cli", "sft", "--packing", "true"]
     assert command("--", *script) == ([*start, *script, *ours], {})
+    assert "--optim_args" not in command("--", *script, optim="nsf")[0]
     other = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 -m hf_nsf"
     assert command("--launcher", other, "--", *script)[0] == [*other.split(), *script, *ours]
     # Filled in where the command says, nothing is appended.
