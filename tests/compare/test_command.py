@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison's command line: what it refuses, and the commands that it starts."""
 
-from __future__ import annotations
-
-import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,64 +13,47 @@ import hf_nsf
 from hf_nsf.compare.__main__ import Comparison, main, parse
 from hf_nsf.compare.plan import Run
 
+# The arguments after "--optims nsf", and the last line of the error. cfg.json is empty.
+REFUSED = {
+    "nsf -- -m x": "two of --optims are the same",
+    "--start_lr lcam=0.1 -- -m x": "--start_lr names lcam, which is not among --optims",
+    "--start_lr 0.1 -- -m x": "0.1 is not of the form OPTIMIZER=RATE",
+    "--start_lr nsf=high -- -m x": "nsf=high is not of the form OPTIMIZER=RATE",
+    "--start_lr nsf=0 -- -m x": "nsf: 0 is not above 0",
+    "--adam_lr nan -- -m x": "adam_lr: nan is not above 0",
+    "--seeds 0 -- -m x": "seeds: 0 is not above 0",
+    "--factor 1.0001 -- -m x": "--factor must be at least 1.01, got 1.0001",
+    "--launcher 'no_such_program -m' -- -m x": "no program for --launcher no_such_program -m",
+    "--devices_per_run 2 -- -m x": "--devices_per_run is 2, but there are 0 devices",
+    "-- -m x --learning-rate=3 --seed 1": "leave --learning-rate=3 and --seed out",
+    "nsf:p=0 -- tool {optim} {seed}": "{optim_args}, {learning_rate}, {output_dir}, too",
+    "--template no.json -- tool no.json": "No such file or directory: 'no.json'",
+    "--template cfg.json -- tool other.json": "must also stand among the script's arguments",
+    "--template cfg.json -- tool cfg.json": "must contain {optim}, {learning_rate}",
+    "-- no.py": "no script no.py",
+    "": "they stand after --",
+}
 
-@pytest.fixture
-def bench(tmp_path, monkeypatch):
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_refused_arguments(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return Bench(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("options", "script", "sentence"),
-    [
-        (["--optims", "nsf", "nsf"], [], "two of --optims are the same"),
-        (["--optims", "nsf", "--start_lr", "lcam=0.1"], [], "--start_lr names lcam, which is not among --optims"),
-        (["--optims", "nsf", "--start_lr", "0.1"], [], "0.1 is not of the form OPTIMIZER=RATE"),
-        (["--optims", "nsf", "--start_lr", "nsf=high"], [], "nsf=high is not of the form OPTIMIZER=RATE"),
-        (["--optims", "nsf", "--start_lr", "nsf=0"], [], "nsf: 0 is not above 0"),
-        (["--optims", "nsf", "--adam_lr", "nan"], [], "adam_lr: nan is not above 0"),
-        (["--optims", "nsf", "--seeds", "0"], [], "seeds: 0 is not above 0"),
-        (["--optims", "nsf", "--factor", "1"], [], "--factor must be at least 1.01"),
-        (["--optims", "nsf", "--launcher", "no_such_program -m"], [], "no program for --launcher no_such_program -m"),
-        (["--optims", "nsf", "--devices_per_run", "2"], [], "--devices_per_run is 2, but there are 0 devices"),
-        (
-            ["--optims", "nsf", "--launcher", "ssh x", "--devices_per_run", "2"],
-            [],
-            "is for this machine: let ssh x ask",
-        ),
-        (["--optims", "nsf"], ["--learning-rate=3", "--seed", "1"], "leave --learning-rate=3 and --seed out"),
-        (["--optims", "nsf:p=0"], ["{optim}", "{seed}"], "{optim_args}, {learning_rate}, {output_dir}, too"),
-        (["--optims", "nsf", "--template", "no.json"], ["no.json"], "No such file or directory: 'no.json'"),
-        (["--optims", "nsf", "--template", __file__], [], "must also stand among the script's arguments"),
-        (
-            ["--optims", "nsf", "--template", pytest.__file__],
-            [pytest.__file__],
-            "must contain {optim}, {learning_rate}",
-        ),
-        (["--optims", "nsf", "--no_such_option"], [], "unrecognized arguments: --no_such_option"),
-    ],
-)
-def test_refused_options(bench, capsys, options, script, sentence):
+    monkeypatch.chdir(tmp_path)
+    Path("cfg.json").write_text("{}")
     with pytest.raises(SystemExit):
-        main(bench.arguments(*options, script=tuple(script)))
-    assert sentence in capsys.readouterr().err.splitlines()[-1]
+        main(shlex.split(f"--output_dir cmp --optims nsf {arguments}"))
+    assert REFUSED[arguments] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("script", "sentence"), [(["--", "no.py"], "no script no.py"), ([], "they stand after --")])
-def test_a_script_is_needed(capsys, script, sentence):
-    with pytest.raises(SystemExit):
-        main(["--output_dir", "cmp", "--optims", "nsf", *script])
-    assert sentence in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_better_is_lower_for_losses_alone(bench):
-    for options, better in [
-        (["--metric", "eval_f1"], "higher"),
-        (["--metric", "eval_loss"], "lower"),
-        (["--metric", "eval_f1", "--lower_is_better"], "lower"),
-        (["--metric", "loss", "--higher_is_better"], "higher"),
-    ]:
-        assert parse(bench.arguments("--optims", "lcam", *options))[0].better == better
+def test_better_is_lower_for_losses_alone(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for options, better in {
+        "--metric eval_f1": "higher",
+        "--metric eval_loss": "lower",
+        "--metric eval_f1 --lower_is_better": "lower",
+        "--metric loss --higher_is_better": "higher",
+    }.items():
+        assert parse(shlex.split(f"--output_dir cmp --optims lcam {options} -- -m x"))[0].better == better, options
 
 
 def command(*arguments, optim="nsf:p=0"):
@@ -90,6 +71,7 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
     ours += ["--output_dir", "RUN/output"]
     start, script = [sys.executable, "-m", "hf_nsf"], ["-m", "trl.cli", "sft", "--packing", "true"]
     assert command("--", *script) == ([*start, *script, *ours], {})
+    assert "--optim_args" not in command("--", *script, optim="nsf")[0]
     other = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 -m hf_nsf"
     assert command("--launcher", other, "--", *script)[0] == [*other.split(), *script, *ours]
     # Filled in where the command says, nothing is appended.
@@ -97,32 +79,29 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
     filled = ["axolotl", "train", "c.yaml", "--optimizer", "nsf", "--optim_args=p=0", "2.0e-05", "7:RUN/output", "{x}"]
     assert command("--", *script, "{seed}:{output_dir}", "{x}") == ([*start, *filled], {})
     # Files are written to the folder of the run.
-    Path("cfg.json").write_text('{"optim": "{optim}", "seed": {seed}, "rate": {learning_rate}, "o": "{output_dir}"}')
-    for word, copy in (("cfg.json", "RUN/cfg.json"), ("config=cfg.json", "config=RUN/cfg.json")):
-        words, files = command("--template", "cfg.json", "--", "tool", word, optim="nsf")
-        assert words == [*start, "tool", copy]
-        assert json.loads(files["cfg.json"])["rate"] == 2e-5 and '"seed": 7' in files["cfg.json"]
+    Path("cfg.json").write_text("{optim} {seed} {learning_rate} {output_dir}")
+    words, files = command("--template", "cfg.json", "--", "tool", "config=cfg.json", optim="nsf")
+    assert words == [*start, "tool", "config=RUN/cfg.json"] and files["cfg.json"].startswith("nsf 7 2.0e-05 /")
 
 
-def test_dry_run_prints_the_plan_and_later_the_time(bench, capsys):
+def test_dry_run_prints_the_plan_and_later_the_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    bench = Bench(tmp_path)
     options = ["--optims", "a", "nsf:p=0,eps=1e-6", "--seeds", "4", "--search_seeds", "2"]
-    assert main(bench.arguments(*options, "--dry_run")) == 0
+    assert main(bench.arguments(*options, "--jobs", "2", "--dry_run")) == 0
     text = capsys.readouterr().out
     assert "nsf:p=0,eps=1e-6: learning rates 5e-05, 0.0001, 0.0002" in text
     assert "20 runs, up to 44, 2 at a time, such as" in text  # 2 (3 * 2 + 4), 2 (9 * 2 + 4)
     assert "--optim a --learning_rate" in text and "took" not in text
     assert not bench.out.exists() and not bench.starts()
     # Of 6 runs one has a result, after 100 s; two at a time make 250 s of the other five.
-    options = ["--optims", "a", "--seeds", "3"]
-    bench.compare(*options)
-    for folder in (bench.out / "runs").iterdir():
-        result = json.loads((folder / "result.json").read_text())
-        (folder / "result.json").write_text(json.dumps({**result, "seconds": 100.0}))
-    for path in bench.out.glob("runs/*/result.json"):
-        if path.parent.name != "a-lr0.0001-seed1001":
-            path.unlink()
+    arguments = bench.arguments("--optims", "a", "--seeds", "3", "--jobs", "2", "--dry_run")
+    comparison = Comparison(*parse(arguments))
+    result = {"code": 0, "seconds": 100.0, "log_history": [], "all_results": {"eval_accuracy": 0.5}}
+    (bench.out / "runs" / "a-lr0.0001-seed1001").mkdir(parents=True)
+    comparison.finish(Run("a", 1e-4, 1001), result)
     capsys.readouterr()
-    assert main(bench.arguments(*options, "--dry_run")) == 0
+    assert main(arguments) == 0
     assert "1 of them took 100 s on average, the other 5 take about 04:10, up to 09:10 if" in capsys.readouterr().out
 
 

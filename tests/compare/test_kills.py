@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparisons that are killed at random, with their runs and children, end as undisturbed ones do."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal
@@ -10,16 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from stand_in import Bench, alive
+from stand_in import Bench
 
 # A fourth of the runs ignores SIGTERM, a fourth has a child in a session of its own.
 RUN = """
 if os.getpid() % 4 == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = None
-if os.getpid() % 4 == 1:
-    child = subprocess.Popen([sys.executable, "-S", "-c", "import os, time; open(%r, 'a').write(f'{os.getpid()} '); "
-        "time.sleep(90)" % str(work / "children")], start_new_session=True)
+child = start_child() if os.getpid() % 4 == 1 else None
 time.sleep(0.6)
 if child:
     child.kill()
@@ -76,4 +71,4 @@ def test_random_signals_change_nothing(tmp_path, monkeypatch):
         bench.set_faults()
         assert comparison(bench).communicate(timeout=120)
         assert figures(bench) == figures(undisturbed), bench.folder
-        assert not any(map(alive, bench.alive()))
+        assert not bench.alive()

@@ -158,8 +158,6 @@ def test_plot_cycle():
     assert list(line.get_ydata()) == p_schedule(range(90), **options)
     (line,) = plot_cycle(cycle_steps=12.5).axes[0].lines
     assert list(line.get_ydata()) == p_schedule(range(50), cycle_steps=12.5)
-    with pytest.raises(ValueError, match="p_min"):
-        plot_cycle(p_min=1, p_max=0)
 
 
 def test_labels_and_axes_are_drawn_as_they_stand():
@@ -245,8 +243,6 @@ def test_damaged_and_foreign_runs_get_a_sentence(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err == f"python -m hf_nsf.plots: {sentence}\n"
     for output in ("runs.xyz", "nowhere/runs.png"):
         assert plots.main(["good", "--output", output]) == 2 and capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(ValueError, match="The log of a holds no losses"):
-        plot_runs([{"step": 1}], labels=["a"])
     with pytest.raises(ValueError, match="got 0 for 0 runs"):
         plot_runs()
 

@@ -1,44 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of a comparison: verdicts, remarks, Markdown of any name, and what its picture shows."""
 
-import argparse
 import json
 import math
 import subprocess
 import sys
 
 import pytest
+from stand_in import carry_out, plan_options
 
 from hf_nsf.compare.plan import Plan
-from hf_nsf.compare.report import _figure_of, chance, page, picture, table
+from hf_nsf.compare.report import _figure_of, _period, chance, page, picture, table
 
 
-def options(optims, seeds=3, **changed):
-    given = {"optims": optims, "metric": "eval_accuracy", "better": "higher", "seeds": seeds, "search_seeds": 1}
-    given |= {"learning_rates": 3, "max_learning_rates": 5, "factor": 2.0, "adam_lr": 0.01, "sgd_lr": 0.01}
-    return argparse.Namespace(**given | {"start_lr": {}} | changed)
+def finished(optims, make, **changed):
+    """A plan whose runs `make` has done."""
+    rates = {"max_learning_rates": 5, "adam_lr": 0.01, "sgd_lr": 0.01}
+    return carry_out(Plan(plan_options(*optims, **rates | changed), lambda text: None), make)
 
 
-def result(value, seed, rate, every=1, steps=120, **more):
+def result(value, seed, rate, **more):
     """One of any metric at rates around 0.01, better with each seed, and a cycle of p of 30 updates."""
     value += 0.01 * seed % 0.1 - 0.1 * abs(math.log2(rate / 0.01)) if value else 0
     log = []
-    for step in range(every, steps + 1, every):
+    for step in range(3, 121, 3):
         cycle = 0.25 + 0.25 * math.cos(2 * math.pi * step / 30)
-        log.append({"step": step, "loss": 1 / step, "nsf_p": cycle, "eval_accuracy": value * step / steps})
+        log.append({"step": step, "loss": 1 / step, "nsf_p": cycle, "eval_accuracy": value * step / 120})
     return {"code": 0, "log_history": log, "all_results": {"eval_accuracy": value or None}, **more}
 
 
-def finished(given, make):
-    plan = Plan(given, lambda text: None)
-    for runs in plan.stages():
-        for run in runs:
-            plan.results.setdefault(run, make(run))
-    return plan
-
-
-def verdicts(given, make):
-    lines = table(finished(given, make).summary()).splitlines()
+def verdicts(plan):
+    lines = table(plan.summary()).splitlines()
     return [line.partition(": ")[2].rstrip(".") for line in lines if line.startswith("- ")]
 
 
@@ -73,9 +65,9 @@ def test_verdict(differences, changed, verdict):
         more = differences[run.seed - 1] if run.optim == "other" else 0
         return {"code": 0, "log_history": [], "all_results": {"eval_accuracy": run.seed**2 + more}}
 
-    given = options(["first", "other"], seeds=len(differences), learning_rates=1, **changed)
-    assert verdicts(given, make) == ["the one that others are compared with", verdict]
-    text = table(finished(given, make).summary())
+    plan = finished(["first", "other"], make, seeds=len(differences), learning_rates=1, **changed)
+    assert verdicts(plan) == ["the one that others are compared with", verdict]
+    text = table(plan.summary())
     assert ("one in twenty" in text) == ("1 comparison, paired by seed" in text) == (" ± " in verdict)
 
 
@@ -88,10 +80,10 @@ def test_search_in_words():
         shift = {"adam": 0.0, "nsf": 0.1 if run.learning_rate > 0.005 else -0.1, "up": 50 * run.learning_rate}
         return result(0.5 + shift.get(run.optim, 0.0), run.seed, run.learning_rate)
 
-    first, same, apart = verdicts(options(["adam", "nsf", "lcam"], sgd_lr=1.0, max_learning_rates=3), make)
+    first, same, apart = verdicts(finished(["adam", "nsf", "lcam"], make, sgd_lr=1.0, max_learning_rates=3))
     assert same.endswith("; at the same rate better at 2 of 3 in the search") and "rate" not in first
     assert apart.endswith("; rate on the edge: search further; no rate was searched for both")
-    text = table(finished(options(["adam", "nsf", "up"]), make).summary())
+    text = table(finished(["adam", "nsf", "up"], make).summary())
     assert "2 comparisons, paired by seed." in text and "on average 0.1 of 2 here" in text
     assert "; rate on the edge: search further; at the same rate better at" in text
     assert "Search of `adam`:" in text and "– at 0.02" in text
@@ -104,7 +96,7 @@ def test_the_page_has_the_command_remarks_and_any_name():
         code = -6 if run.optim == "a|b" and run.seed == 2 else 0
         return result(0 if run.optim == "lost" and run.seed != 1 else 0.5, run.seed, run.learning_rate, code=code)
 
-    summary = finished(options(names, learning_rates=1), make).summary()
+    summary = finished(names, make, learning_rates=1).summary()
     text = page(json.loads(json.dumps(summary)), "python -m hf_nsf.compare --optims 'a|b'", "The protocol.", "it.png")
     assert "```sh\npython -m hf_nsf.compare --optims 'a|b'\n```\n\n![" in text and "](it.png)" in text
     assert text.endswith("## Protocol\n\nThe protocol.\n")
@@ -123,13 +115,13 @@ def drawn(figure):
 
 
 def test_the_picture_shows_search_results_and_curves():
-    names = ["adam", "nsf:cycle_steps=30", "_$x$_y", "diverging"]
+    names = ["adam", "nsf:cycle_steps=30", "_$x$:cycle_steps=20", "diverging"]
 
     def make(run):
         diverges = run.optim == "diverging" and run.learning_rate == 0.02
         return result(0 if diverges else 0.5 + 0.1 * names.index(run.optim), run.seed, run.learning_rate)
 
-    plan = finished(options(names), make)
+    plan = finished(names, make)
     (search, final, *curves), found = drawn(_figure_of(plan))
     assert found == ["eval_accuracy", "final eval_accuracy", "training loss", "exponent p", "eval_accuracy"]
     labels = [text.get_text() for text in final.get_yticklabels()]
@@ -146,28 +138,15 @@ def test_the_picture_shows_search_results_and_curves():
     assert list(lines[2].get_ydata()) == list(plan.summary()["optimizers"][1]["values"].values())
     bad = [line for line in search.lines if line.get_color() == colours[3]][1]
     assert list(bad.get_xdata()) == [0.02] and bad.get_marker() == "x"
+    # Logged each third update, a cycle of 20 or less has less than eight points.
+    assert [line.get_linestyle() != "None" for line in curves[1].lines] == [False, True, False, False]
     (reference,) = [line for line in final.lines if list(line.get_ydata()) == [0, 1]]
     assert reference.get_xdata()[0] == plan.summary()["target"] and reference.get_color() == colours[0]
 
 
-@pytest.mark.parametrize(
-    ("every", "optim", "is_line"),
-    [
-        (1, "nsf:cycle_steps=30", True),
-        (3, "nsf:cycle_steps=30", True),
-        (5, "nsf:cycle_steps=30", False),
-        (3, "nsf:cycles=4", True),
-        (5, "nsf:p_min=0,cycles=4", False),
-        (1, "nsf", True),  # 15 cycles of 8 updates
-        (2, "nsf", False),
-        (60, "nsf:p=0.25", True),
-    ],
-)
-def test_a_cycle_logged_less_than_eight_times_is_points(every, optim, is_line):
-    plan = finished(options([optim]), lambda run: result(0.5, run.seed, run.learning_rate, every))
-    axes, names = drawn(_figure_of(plan))
-    (line,) = axes[names.index("exponent p")].lines
-    assert (line.get_linestyle() != "None") == is_line
+def test_period_of_p():
+    periods = {"nsf:cycle_steps=30": 30, "nsf:p_min=0,cycles=4": 30, "nsf": 8, "nsf:p=0.25": math.inf}
+    assert {optim: _period(optim, 120) for optim in periods} == periods
 
 
 @pytest.mark.parametrize(
@@ -183,7 +162,7 @@ def test_only_curves_of_more_than_one_point_are_drawn(changed, log, curves, tmp_
     def make(run):
         return result(0.5, run.seed, run.learning_rate) | {"log_history": log}
 
-    plan = finished(options(["a", "b"], **changed), make)
+    plan = finished(["a", "b"], make, **changed)
     search = ["eval_accuracy"] if "learning_rates" not in changed else []
     assert drawn(_figure_of(plan))[1] == [*search, "final eval_accuracy", *curves]
     assert picture(plan, tmp_path / "it.png") is None and (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
@@ -195,8 +174,8 @@ def test_without_results_or_matplotlib_there_is_a_sentence(tmp_path):
     code += "from hf_nsf.compare.report import picture; print(picture(None, __import__('pathlib').Path('it.png')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.startswith("No picture: hf_nsf.plots needs matplotlib: pip install"), done.stderr
-    plan = finished(options(["a"]), lambda run: result(0, run.seed, run.learning_rate))
+    plan = finished(["a"], lambda run: result(0, run.seed, run.learning_rate))
     assert "- `a`: no result: all runs" in table(plan.summary())
     assert picture(plan, tmp_path / "it.png") == "No picture: no run has a result."
-    plan = finished(options(["a"]), lambda run: result(1, run.seed, run.learning_rate))
+    plan = finished(["a"], lambda run: result(1, run.seed, run.learning_rate))
     assert "No picture: " in str(picture(plan, tmp_path / "no folder" / "it.png"))
