@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import platform
 import re
-import shlex
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import distributions
@@ -31,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import command, markdown, write
 from torch.utils.benchmark import timer  # waits for the GPU
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, Trainer, TrainingArguments
 
@@ -136,13 +134,6 @@ def training(device: str, rounds: int, updates: int = 12, batch: int = 32, hidde
     return rows
 
 
-def table(title: str, rows: list[dict[str, Any]]) -> str:
-    """Lay out rows as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[f"{cell:.3g}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows]
-    return f"\n{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def machine(device: str) -> str:
     """What the figures hold for."""
     file = Path("/proc/cpuinfo")
@@ -171,12 +162,11 @@ def main(arguments: list[str] | None = None) -> None:
     if "training" in options.parts:
         results["Training"] = training(options.device, options.rounds)
     where = machine(options.device)
-    command = shlex.join(["python", "examples/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)])
-    text = f"`{command}`\n\nMeasured on {where}.\n" + "".join(table(title, rows) for title, rows in results.items())
-    print(text)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    (options.output_dir / "benchmark.md").write_text(text, encoding="utf-8")
-    (options.output_dir / "benchmark.json").write_text(json.dumps({"machine": where, "results": results}, indent=1))
+    text = f"Measured on {where}.\n"
+    for title, rows in results.items():
+        text += f"\n{title}\n\n" + markdown([*rows[0]], *([*row.values()] for row in rows))
+    results = {"machine": where, "results": results}
+    write(options.output_dir / "benchmark", command(__file__, arguments), results, text)
 
 
 if __name__ == "__main__":

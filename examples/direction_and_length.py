@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from classification import DataTrainingArguments, one_sentence
 from embedded_data import SPLITS
-from figures import command, markdown, over_seeds, plt, write
+from figures import command, markdown, over_seeds, subplots, write
 from image_classification import ModelArguments, build_model, prepare
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -40,6 +41,7 @@ from what_p_does import load_bags
 from hf_nsf import LCAM, LossPhase, p_schedule
 
 Data = dict[str, tuple[np.ndarray, np.ndarray]]
+KEYS = ("family", "variant", "role", "rate", "seed")  # of a training
 NAMES = {
     "nsf": {
         "base": "AdamW",
@@ -75,17 +77,10 @@ BATCH, IMAGE_SIZE, TRAIN_IMAGES, TEST_IMAGES, WORDS = 64, 24, 5000, 2000, 2000
 
 
 class DirectionAndLength(torch.optim.Optimizer):
-    """Steps in the direction of one formula with the length of another, tensor by tensor.
-
-    Args:
-        params: parameters.
-        lr: learning rate.
-        exponents: p of each step.
-        direction: "adam" or "nsf".
-        length: "adam" or "nsf".
-    """
+    """Steps in the direction of one formula with the length of another ("adam" or "nsf"), tensor by tensor."""
 
     def __init__(self, params: Any, lr: float, exponents: list[float], direction: str, length: str) -> None:
+        """`exponents` holds p of each step."""
         super().__init__(params, {"lr": lr})
         self.exponents, self.direction, self.length = exponents, direction, length
 
@@ -101,9 +96,7 @@ class DirectionAndLength(torch.optim.Optimizer):
                 state["step"] += 1
                 m = state["exp_avg"].lerp_(param.grad, 1 - beta1) / (1 - beta1 ** state["step"])
                 v = state["exp_avg_sq"].lerp_(param.grad.square(), 1 - beta2) / (1 - beta2 ** state["step"])
-                steps = {"adam": m / (v.sqrt() + eps)}
-                if "nsf" in (self.direction, self.length):
-                    steps["nsf"] = m / (v**p + eps)
+                steps = {"adam": m / (v.sqrt() + eps), "nsf": m / (v**p + eps)}
                 step = steps[self.direction]
                 if self.length != self.direction:
                     step = step * (steps[self.length].norm() / step.norm().clamp(min=1e-30))  # 0 where all is 0
@@ -113,7 +106,7 @@ class DirectionAndLength(torch.optim.Optimizer):
 def load_data(train_file: str | None, test_file: str | None) -> Data:
     """Load inputs and labels of each split: images as bytes, or which of the commonest words a docstring has."""
     if train_file is None:
-        bags = dict(zip(SPLITS, load_bags(None), strict=True))
+        bags = dict(zip(SPLITS, load_bags(), strict=True))
         common = np.sort(np.argsort(-np.asarray(bags["train"][0].sum(0))[0], kind="stable")[:WORDS])
         return {name: (x[:, common].toarray().astype(np.uint8), y) for name, (x, y) in bags.items()}
     sizes = {"max_train_samples": TRAIN_IMAGES, "max_eval_samples": TEST_IMAGES}
@@ -152,6 +145,7 @@ def train(
         factors = cosine(1, 0, CYCLES if role == "cyclic" else 0.5)
     elif role == "random":
         factors = (1.0 + np.random.default_rng(seed).integers(2, size=updates)).tolist()
+    phase = None
     if family == "nsf":
         direction, length = ("nsf" if role in ("both", part) else "adam" for part in ("direction", "length"))
         exponents = [0.5] * updates if variant is None else cosine(0.5, variant, CYCLES)
@@ -172,19 +166,19 @@ def train(
     group, low = optimizer.param_groups[0], 0
     for epoch in range(epochs):
         model.train()
-        if family == "lcam":
+        if phase:
             phase.start_epoch()
         for rows in torch.randperm(len(y))[: len(y) // BATCH * BATCH].view(-1, BATCH):
             loss = cross_entropy(logits(x[rows]), y[rows])
             optimizer.zero_grad()
             loss.backward()
             group["lr"] = rate * factors.pop(0)
-            if family == "lcam":
+            if phase:
                 low += group["loss_phase"]
                 is_high = 1 - group["loss_phase"]
                 group["lr"] *= (1 - memory[is_high]) / (1 - length[is_high])  # the memory's length for the length's
             optimizer.step()
-            if family == "lcam":
+            if phase:
                 phase.step(loss.detach())
         model.eval()
         for name in SPLITS[1:] if epoch >= epochs - max(LAST.values()) else ("test",):
@@ -193,79 +187,72 @@ def train(
                 outputs = torch.cat([logits(part) for part in inputs.split(500)])
             found[f"{name}_accuracy"].append((outputs.argmax(1) == labels).float().mean().item())
             found[f"{name}_loss"].append(cross_entropy(outputs, labels).item())
-    return found | ({"low_share": low / updates} if family == "lcam" else {})
+    return found | ({"low_share": low / updates} if phase else {})
 
 
-def train_to_file(file: Path, setting: dict[str, Any], data: Data, **training: Any) -> dict[str, Any]:
-    """Train unless the file holds this training; a file is written whole."""
-    asked = json.loads(json.dumps({**setting, **training}))
-    try:
+def train_to_file(folder: Path, training: tuple[Any, ...], setting: dict[str, Any], data: Data) -> dict[str, Any]:
+    """Train unless a file holds this training; a file is written whole."""
+    file = folder / f"{'-'.join(map(str, training))}.json"
+    asked = json.loads(json.dumps({**setting, **dict(zip(KEYS, training, strict=True))}))
+    with suppress(OSError, ValueError, LookupError, TypeError):  # no file, or a damaged one
         held = json.loads(file.read_text(encoding="utf-8"))
         if held["training"] == asked:
             return held["found"]
-    except (OSError, ValueError, LookupError, TypeError):  # none, or a damaged one
-        pass
-    found = train(**training, epochs=setting["epochs"], bf16=setting["bf16"], data=data)
+    found = train(*training, setting["epochs"], setting["bf16"], data)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps({"training": asked, "found": found}) + "\n", encoding="utf-8")
     os.replace(partial, file)
     return found
 
 
-def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
+def plan(options: argparse.Namespace) -> list[tuple[Any, ...]]:
     """All trainings, seed by seed, so that those of the first seeds are there first."""
     trainings = []
-    rates = {"nsf": options.nsf_rates, "lcam": options.lcam_rates}
-    variants = {"nsf": options.p_min, "lcam": PAIRS}
-    for seed, family in itertools.product(range(options.seeds), options.methods):
-        for role, rate in itertools.product(NAMES[family], rates[family]):
-            for variant in variants[family] if role in VARIED else [None]:
-                trainings.append({"family": family, "variant": variant, "role": role, "rate": rate, "seed": seed})
+    for seed, family in itertools.product(range(options.seeds), NAMES):
+        for role, rate in itertools.product(NAMES[family], getattr(options, f"{family}_rates")):
+            variants = {"nsf": options.p_min, "lcam": PAIRS}[family] if role in VARIED else [None]
+            trainings += [(family, variant, role, rate, seed) for variant in variants]
     return trainings
 
 
-def summarise(options: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(options: argparse.Namespace, runs: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of each panel: one for each end of p's cycle, and one for each pair of momenta."""
     panels = {}
-    all_panels = [*(("nsf", p_min) for p_min in options.p_min), *(("lcam", pair) for pair in PAIRS)]
-    for family, variant in (panel for panel in all_panels if panel[0] in options.methods):
+    for family, variant in [*(("nsf", p_min) for p_min in options.p_min), *(("lcam", pair) for pair in PAIRS)]:
         rates, last = getattr(options, f"{family}_rates"), LAST[family]
         methods: dict[str, Any] = {}
-        finals, validation = {}, {}  # in %, of shape (rates, seeds) and (rates)
+        finals, chosen = {}, {}  # test accuracy in % of all rates and seeds, and of the rate chosen on validation
         for role, name in NAMES[family].items():
-            own = [run for run in runs if (run["family"], run["role"]) == (family, role)]
-            by_rate = [[run for run in own if run["variant"] in (None, variant) and run["rate"] == r] for r in rates]
-
-            def values(key: str, by_rate: Any = by_rate) -> np.ndarray:
-                return np.array([[run[key] for run in some] for some in by_rate])
-
-            finals[role] = 100 * values("test_accuracy")[..., -last:].mean(-1)
-            validation[role] = 100 * values("validation_accuracy")[..., -last:].mean((1, 2))
+            which = variant if role in VARIED else None
+            own = [[runs[family, which, role, rate, seed] for seed in range(options.seeds)] for rate in rates]
+            # Of shape (rates, seeds, epochs).
+            values = {key: np.array([[run[key] for run in some] for some in own]) for key in own[0][0]}
+            finals[role] = 100 * values["test_accuracy"][..., -last:].mean(-1)
+            validation = 100 * values["validation_accuracy"][..., -last:].mean((1, 2))
+            chosen[role] = finals[role][validation.argmax()]
             methods[role] = {
                 "name": name,
-                "chosen_rate": rates[int(validation[role].argmax())],
-                "validation_accuracy": validation[role],
+                "chosen_rate": rates[validation.argmax()],
+                "validation_accuracy": validation,
                 "test_accuracy": over_seeds(finals[role].T),
-                "test_loss": over_seeds(values("test_loss")[..., -last:].mean(-1).T),
-                "curves": 100 * values("test_accuracy").mean(1),
+                "test_loss": over_seeds(values["test_loss"][..., -last:].mean(-1).T),
+                "curves": 100 * values["test_accuracy"].mean(1),
             }
             if family == "lcam":
-                methods[role]["low_share"] = over_seeds(values("low_share").T)
-        drawn = int(np.mean([validation[role] for role in ("base", *VARIED)], 0).argmax())
-        differences = []
-        for one, other in [("length", "base"), ("direction", "base"), *(("both", role) for role in methods)]:
-            if one != other:
-                best = [finals[role][int(validation[role].argmax())] for role in (one, other)]
-                apart = np.abs(methods[one]["curves"][drawn] - methods[other]["curves"][drawn]).mean()
-                differences.append(
-                    {
-                        "of": methods[one]["name"],
-                        "to": methods[other]["name"],
-                        "same_rate": over_seeds((finals[one] - finals[other]).T),
-                        "chosen_rates": over_seeds(best[0] - best[1]),
-                        "curves_apart": float(apart),
-                    }
-                )
+                methods[role]["low_share"] = over_seeds(values["low_share"].T)
+        drawn = np.mean([methods[role]["validation_accuracy"] for role in ("base", *VARIED)], 0).argmax()
+        curves = {role: method["curves"][drawn] for role, method in methods.items()}
+        pairs = [("length", "base"), ("direction", "base"), *(("both", role) for role in methods if role != "both")]
+        differences = [
+            {
+                "of": methods[one]["name"],
+                "to": methods[other]["name"],
+                "same_rate": over_seeds((finals[one] - finals[other]).T),
+                "chosen_rates": over_seeds(chosen[one] - chosen[other]),
+                "curves_apart": float(np.abs(curves[one] - curves[other]).mean()),
+            }
+            for one, other in pairs
+        ]
         title = f"NSF, p from 1/2 to {variant:g}" if family == "nsf" else "LCAM, low {}, high {}".format(*variant)
         panels[title] = {"rates": rates, "drawn_rate": rates[drawn], "methods": methods, "differences": differences}
     return panels
@@ -278,28 +265,24 @@ def tables(panels: dict[str, Any]) -> str:
         rates = [f"rate {rate:g}" for rate in panel["rates"]]
         rows: list[list[Any]] = [["test accuracy, % (loss)", *rates]]
         for method in panel["methods"].values():
-            cells = []
+            rows.append([method["name"]])
             for k, (mean, error) in enumerate(method["test_accuracy"].T):
                 cell = f"{mean:.1f} ± {error:.1f} ({method['test_loss'][0, k]:.3f})"
                 cell = f"**{cell}**" if panel["rates"][k] == method["chosen_rate"] else cell
-                cells.append(f"{cell}, {method['low_share'][0, k]:.2f} low" if "low_share" in method else cell)
-            rows.append([method["name"], *cells])
+                rows[-1].append(f"{cell}, {method['low_share'][0, k]:.2f} low" if "low_share" in method else cell)
         heads = ["difference, points", *rates, "at the chosen rates", f"curves apart, rate {panel['drawn_rate']:g}"]
-        differences = [
-            [
-                f"{pair['of']} - {pair['to']}",
-                *("{:+.1f} ± {:.1f}".format(*figures) for figures in [*pair["same_rate"].T, pair["chosen_rates"]]),
-                f"{pair['curves_apart']:.1f}",
-            ]
-            for pair in panel["differences"]
-        ]
+        differences = []
+        for pair in panel["differences"]:
+            figures = [*pair["same_rate"].T, pair["chosen_rates"]]
+            cells = ["{:+.1f} ± {:.1f}".format(*each) for each in figures]
+            differences.append([f"{pair['of']} - {pair['to']}", *cells, f"{pair['curves_apart']:.1f}"])
         text += f"\n## {title}\n\n{markdown(*rows)}\n{markdown(heads, *differences)}"
     return text
 
 
 def draw(panels: dict[str, Any]) -> Any:
     """Draw the picture: a row for each panel, accuracy against the epoch and against the rate."""
-    figure, axes = plt.subplots(len(panels), 2, figsize=(14, 4.2 * len(panels)), layout="constrained", squeeze=False)
+    figure, axes = subplots(len(panels), 2, 14, 4.2 * len(panels))
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     for (title, panel), (curves, finals) in zip(panels.items(), axes, strict=True):
         drawn = panel["rates"].index(panel["drawn_rate"])
@@ -326,7 +309,6 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     add("--test_file", help="with --train_file, whose rest is for validation")
     add("--epochs", type=int, default=8, help="(default: 8)")
     add("--seeds", type=int, default=5, help="number of seeds (default: 5)")
-    add("--methods", nargs="+", choices=NAMES, default=[*NAMES], help="whose steps to take apart (default: both)")
     add("--p_min", type=float, nargs="+", default=[0.25, 0.0, -0.25], help="ends of p's cycle from 1/2")
     add("--nsf_rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2], help="learning rates of AdamW and NSF")
     add("--lcam_rates", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="learning rates of SGD and LCAM")
@@ -343,15 +325,12 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     setting = {name: getattr(options, name) for name in ("train_file", "test_file", "epochs", "bf16")}
     data = load_data(options.train_file, options.test_file)
     trainings = plan(options)
-    jobs = []
-    for training in trainings:
-        file = folder / f"{'-'.join(map(str, training.values()))}.json"
-        jobs.append(joblib.delayed(train_to_file)(file, setting, data, **training))
-    runs = []
+    jobs = (joblib.delayed(train_to_file)(folder, training, setting, data) for training in trainings)
+    runs = {}
     for training, found in zip(trainings, joblib.Parallel(options.jobs, return_as="generator")(jobs), strict=True):
-        runs.append({**training, **found})
-        shown = " ".join(str(value) for value in training.values() if value is not None)
-        print(f"{len(runs)} of {len(jobs)}: {shown}: {found['test_accuracy'][-1]:.4f}", flush=True)
+        runs[training] = found
+        shown = " ".join(str(value) for value in training if value is not None)
+        print(f"{len(runs)} of {len(trainings)}: {shown}: {found['test_accuracy'][-1]:.4f}", flush=True)
     panels = summarise(options, runs)
     sizes = {name: len(labels) for name, (_, labels) in data.items()}
     results = {"command": command(__file__, args), "seeds": options.seeds, "epochs": options.epochs, "rows": sizes}
@@ -359,7 +338,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     text = "{} rows to train, {} for validation, {} to test; ".format(*sizes.values())
     text += f"{options.seeds} seeds, mean ± standard error; final accuracy is the mean over the last epochs, "
     text += "{nsf} (NSF) or {lcam} (LCAM).\n**Bold**: the rate chosen on validation.\n".format(**LAST)
-    write(options.output_dir / "direction_and_length", results, text + tables(panels), draw(panels))
+    name = options.output_dir / "direction_and_length"
+    write(name, results["command"], results, text + tables(panels), draw(panels))
     return results
 
 

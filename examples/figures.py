@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples that draw share: means over seeds, tables in Markdown, and the three files of results."""
+"""What the examples that write results share: means over seeds, tables in Markdown, and the files."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
-
-plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
 
 
 def over_seeds(values: Any) -> np.ndarray:
@@ -30,7 +24,7 @@ def markdown(*rows: list[Any]) -> str:
 
     def shown(cell: Any) -> str:
         if not isinstance(cell, np.ndarray):
-            return str(cell)
+            return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
         return "-" if np.isnan(cell).any() else "{:.1f} ± {:.1f}".format(*cell)
 
     lines = [f"| {' | '.join(map(shown, row))} |\n" for row in rows]
@@ -42,16 +36,26 @@ def command(script: str, args: list[str] | None) -> str:
     return f"python examples/{Path(script).name} {shlex.join(sys.argv[1:] if args is None else args)}"
 
 
-def write(name: Path, results: dict[str, Any], text: str, figure: Any) -> None:
-    """Write NAME.json, with what `over_seeds` made as mean and error, NAME.md and NAME.png, each with the command."""
+def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
+    """Make an empty figure, in inches, and its axes."""
+    from matplotlib import rcParams  # not above: the benchmark draws nothing
+    from matplotlib.figure import Figure
+
+    rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def write(name: Path, command_line: str, results: dict[str, Any], text: str, figure: Any = None) -> None:
+    """Write NAME.json, with what `over_seeds` made as mean and error, NAME.md with the command, and NAME.png."""
 
     def as_lists(x: np.ndarray) -> Any:
         return np.where(np.isnan(x), None, np.round(x.astype(float), 5)).tolist()  # JSON has no NaN
 
     name.parent.mkdir(parents=True, exist_ok=True)
     name.with_suffix(".json").write_text(json.dumps(results, indent=1, default=as_lists) + "\n", encoding="utf-8")
-    name.with_suffix(".md").write_text(f"`{results['command']}`\n\n{text}", encoding="utf-8")
-    figure.savefig(name.with_suffix(".png"), dpi=100)
-    plt.close(figure)
+    name.with_suffix(".md").write_text(f"`{command_line}`\n\n{text}", encoding="utf-8")
+    if figure is not None:
+        figure.savefig(name.with_suffix(".png"), dpi=100)
     print(text)
-    print(f"Wrote {name}.json, .md and .png")
+    print(f"Wrote {name}.json, .md{'' if figure is None else ' and .png'}")

@@ -2,13 +2,12 @@
 """What NSF's exponent p does: three small experiments and one picture, in a few minutes on 2 cores.
 
     python examples/what_p_does.py --output_dir out
-    python examples/what_p_does.py --output_dir out --sst2 FOLDER    # train, validation and test.parquet of SST-2
 
 a. Frequencies: a small network fits a sum of sines. Which of them does it learn first?
 b, c. Rare features that mislead, a problem of the kind of arXiv 2609.30271: a linear classifier learns where rare
    spurious features agree with the label, and is tested where they agree less, or disagree. A lower rate may do what a
    lower p does, so b shows all rates of each p, and of SGD; c shows the rate that validation chooses for each.
-d. Rare words: a linear classifier of bags of words, where rare words carry the label.
+d. Rare words: a linear classifier of bags of words, where rare words carry the label: topics of docstrings.
 
 In each, p is constant and all else is equal; figures are means over the seeds with their standard errors. That low p
 resists rare features that mislead was seen in this linear problem only.
@@ -26,9 +25,8 @@ from typing import Any
 import joblib
 import numpy as np
 import torch
-from classification import DataTrainingArguments, load_splits, one_sentence
 from embedded_data import SPLITS, load_docstring_sentences
-from figures import command, markdown, over_seeds, plt, write
+from figures import command, markdown, over_seeds, subplots, write
 from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
@@ -42,27 +40,30 @@ SPURIOUS, STABLE, DENSE, NOISE = 500, 500, 20, 1980
 RARE_SHARE, STABLE_AGREEMENT, DENSE_SHIFT = 0.02, 0.8, 0.25
 SOURCE = 95.0  # %, the accuracy where it learnt at which the fronts are compared
 METHODS = (*(f"p = {p:g}" for p in EXPONENTS), "SGD 0.9")
+MOMENTS, STEPS, WORD_EPOCHS = (200, 1000), 800, 3  # of the experiments a, b and d
+RATES, SGD_RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+WORD_RATES = (4e-3, 1.6e-2, 6.4e-2)
 # Of the methods, by Okabe and Ito, for readers who see colours differently.
 STYLES = tuple(zip(("#D55E00", "#E69F00", "#000000", "#56B4E9", "#0072B2", "#009E73"), "o^sDvP", strict=True))
 
 
-def fit_sines(seed: int, moments: list[int], width: int = 64) -> np.ndarray:
+def fit_sines(seed: int, width: int = 64) -> np.ndarray:
     """Experiment a: the error of each sine as a share of its amplitude, of shape (moments, exponents, frequencies)."""
     x = torch.linspace(-1, 1, 257)[:-1, None]
     sines = torch.sin(math.pi * x * torch.tensor(FREQUENCIES))
-    errors = np.empty((len(moments), len(EXPONENTS), len(FREQUENCIES)))
+    errors = np.empty((len(MOMENTS), len(EXPONENTS), len(FREQUENCIES)))
     for k, p in enumerate(EXPONENTS):
         torch.manual_seed(seed)  # the same first weights for each p
         inner = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
         model = nn.Sequential(inner, nn.Linear(width, 1))
         optimizer = NSF(model.parameters(), lr=1e-3, p=p, weight_decay=0.0)
-        for step in range(1, max(moments) + 1):
+        for step in range(1, max(MOMENTS) + 1):
             residual = model(x) - sines.sum(1, keepdim=True)
             optimizer.zero_grad()
             residual.square().mean().backward()
             optimizer.step()
-            if step in moments:  # a sine's square has the mean 1/2
-                errors[moments.index(step), k] = (residual.detach().T @ sines * 2 / len(x)).abs()
+            if step in MOMENTS:  # a sine's square has the mean 1/2
+                errors[MOMENTS.index(step), k] = (residual.detach().T @ sines * 2 / len(x)).abs()
     return errors
 
 
@@ -79,27 +80,25 @@ def draw_environment(rows: int, agreement: float, generator: torch.Generator) ->
     return torch.cat(parts, 1), labels[:, 0]
 
 
-def rare_features(
-    seed: int, rates: list[float], sgd_rates: list[float], steps: int, rows: int = 4000, batch: int = 32
-) -> np.ndarray:
+def rare_features(seed: int, rows: int = 4000, batch: int = 32) -> np.ndarray:
     """Experiment b: accuracies in %, of shape (methods, rates, 1 + environments); the first is the validation's."""
     generator = torch.Generator().manual_seed(seed)
     x, y = draw_environment(rows, AGREEMENTS[0], generator)
     tests = [draw_environment(rows // 4, agreement, generator) for agreement in (AGREEMENTS[0], *AGREEMENTS)]
     first = (2 * torch.rand(x.shape[1], generator=generator) - 1) * x.shape[1] ** -0.5  # as nn.Linear has it
-    batches = torch.randint(rows, (steps, batch), generator=generator)
+    batches = torch.randint(rows, (STEPS, batch), generator=generator)
     accuracies = []
-    for p, k in product((*EXPONENTS, None), range(len(rates))):
+    for p, k in product((*EXPONENTS, None), range(len(RATES))):
         weights = first.clone().requires_grad_()
-        optimizer: Any = torch.optim.SGD([weights], sgd_rates[k], momentum=0.9)
+        optimizer: Any = torch.optim.SGD([weights], SGD_RATES[k], momentum=0.9)
         if p is not None:
-            optimizer = NSF([weights], rates[k], p=p, weight_decay=0.0)
+            optimizer = NSF([weights], RATES[k], p=p, weight_decay=0.0)
         for chosen in batches:
             optimizer.zero_grad()
             softplus(-(x[chosen] @ weights) * y[chosen]).mean().backward()
             optimizer.step()
         accuracies.append([100 * ((x @ weights) * y > 0).float().mean().item() for x, y in tests])
-    return np.reshape(accuracies, (len(METHODS), len(rates), -1))
+    return np.reshape(accuracies, (len(METHODS), len(RATES), -1))
 
 
 def worst_at_source(source: np.ndarray, worst: np.ndarray) -> float:
@@ -111,25 +110,21 @@ def worst_at_source(source: np.ndarray, worst: np.ndarray) -> float:
     return float(np.interp(SOURCE, source[k - 1 : k + 1], worst[k - 1 : k + 1]))
 
 
-def load_bags(sst2: str | None) -> list[tuple[Any, Any]]:
-    """The bag of words of each text, as a sparse matrix, and the labels, for each split."""
-    files = {} if sst2 is None else {f"{name}_file": str(Path(sst2, f"{name}.parquet")) for name in SPLITS}
-    with one_sentence():
-        splits = load_splits(DataTrainingArguments(**files), load_docstring_sentences, "text", "sentence")
+def load_bags() -> list[tuple[Any, Any]]:
+    """The bag of words of each docstring sentence, as a sparse matrix, and the topics, for each split."""
+    splits = load_docstring_sentences()
     vectorizer = CountVectorizer(binary=True, min_df=2, dtype=np.float32).fit(splits["train"]["text"][:])
-    return [(vectorizer.transform(splits[name]["text"][:]), np.array(splits[name]["labels"][:])) for name in SPLITS]
+    return [(vectorizer.transform(splits[name]["text"][:]), np.array(splits[name]["label"][:])) for name in SPLITS]
 
 
-def rare_words(
-    seed: int, rates: list[float], epochs: float, bags: list[tuple[Any, Any]], batch: int = 64
-) -> np.ndarray:
+def rare_words(seed: int, bags: list[tuple[Any, Any]], batch: int = 64) -> np.ndarray:
     """Experiment d: accuracies in %, of shape (exponents, rates, validation and test); each seed learns of 80 %."""
     (x, y), *tests = [(torch.from_numpy(words.toarray()), torch.from_numpy(labels)) for words, labels in bags]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(y), generator=generator)[: round(0.8 * len(y))]
-    batches = rows[torch.randint(len(rows), (round(epochs * len(rows) / batch), batch), generator=generator)]
+    batches = rows[torch.randint(len(rows), (round(WORD_EPOCHS * len(rows) / batch), batch), generator=generator)]
     accuracies = []
-    for p, lr in product(EXPONENTS, rates):
+    for p, lr in product(EXPONENTS, WORD_RATES):
         weights = torch.zeros(x.shape[1], int(y.max()) + 1, requires_grad=True)
         optimizer = NSF([weights], lr, p=p, weight_decay=0.0)
         for chosen in batches:
@@ -138,45 +133,39 @@ def rare_words(
             optimizer.step()
         right = [(words @ weights).argmax(1) == labels for words, labels in tests]
         accuracies.append([100 * each.float().mean().item() for each in right])
-    return np.reshape(accuracies, (len(EXPONENTS), len(rates), 2))
+    return np.reshape(accuracies, (len(EXPONENTS), len(WORD_RATES), 2))
 
 
-def run(seeds: int, sst2: str | None, quick: bool) -> dict[str, Any]:
+def run(seeds: int, jobs: int) -> dict[str, Any]:
     """Run all three experiments; returns their figures."""
 
     def each_seed(experiment: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
         runs = (joblib.delayed(experiment)(seed, *arguments) for seed in range(seeds))
-        return np.stack(joblib.Parallel(n_jobs=1 if quick else min(seeds, joblib.cpu_count()))(runs))
+        return np.stack(joblib.Parallel(jobs)(runs))
 
-    bags = load_bags(sst2)
-    moments, steps, epochs = ([2, 4], 5, 0.05) if quick else ([200, 1000], 800, 3)
-    rates, word_rates = [3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3], [4e-3, 1.6e-2, 6.4e-2]
-    sgd_rates = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
-    if quick:
-        rates, sgd_rates, word_rates = rates[-2:], sgd_rates[-2:], word_rates[:1]
-
-    errors = each_seed(fit_sines, moments)
-    sines = {f"after {moment} steps": over_seeds(100 * errors[:, k]) for k, moment in enumerate(moments)}
-    accuracy = each_seed(rare_features, rates, sgd_rates, steps)
+    errors = each_seed(fit_sines)
+    sines = {f"after {moment} steps": over_seeds(100 * errors[:, k]) for k, moment in enumerate(MOMENTS)}
+    accuracy = each_seed(rare_features)
     source, worst = accuracy[..., 1], accuracy[..., 1:].min(-1)
     every, best = range(len(METHODS)), accuracy[..., 0].mean(0).argmax(1)  # the rate of each method, by validation
     features = {
-        "rates": rates,
-        "sgd_rates": sgd_rates,
-        "steps": steps,
+        "rates": RATES,
+        "sgd_rates": SGD_RATES,
+        "steps": STEPS,
         "source": over_seeds(source),
         "worst": over_seeds(worst),
         "best_worst": over_seeds(worst[:, every, worst.mean(0).argmax(1)]),
         "worst_at_source": over_seeds([[*map(worst_at_source, *seed)] for seed in zip(source, worst, strict=True)]),
-        "chosen_rates": [*(rates[k] for k in best[:-1]), sgd_rates[best[-1]]],
+        "chosen_rates": [*(RATES[k] for k in best[:-1]), SGD_RATES[best[-1]]],
         "environments_at_chosen_rates": over_seeds(accuracy[:, every, best, 1:]),
     }
-    accuracy = each_seed(rare_words, word_rates, epochs, bags)
+    bags = load_bags()
+    accuracy = each_seed(rare_words, bags)
     best_words = accuracy[..., 0].mean(0).argmax(1)
     words = {
-        "name": "topics of docstrings" if sst2 is None else "SST-2",
+        "name": "topics of docstrings",
         "words": bags[0][0].shape[1],
-        "chosen_rates": [word_rates[k] for k in best_words],
+        "chosen_rates": [WORD_RATES[k] for k in best_words],
         "accuracy": over_seeds(accuracy[:, range(len(EXPONENTS)), best_words, 1]),
     }
     return {"seeds": seeds, "methods": METHODS, "sines": sines, "features": features, "words": words}
@@ -188,7 +177,7 @@ def tables(results: dict[str, Any]) -> str:
     text = f"{results['seeds']} seeds, mean ± standard error, in %.\n"
     for moment, errors in a.items():
         heads = ["p", *(f"sin {k} pi x" for k in FREQUENCIES)]
-        rows = [[f"{p:g}", *errors[:, k].T] for k, p in enumerate(EXPONENTS)]
+        rows = [[p, *errors[:, k].T] for k, p in enumerate(EXPONENTS)]
         text += f"\na. Error of each sine {moment}, as a share of its amplitude\n\n" + markdown(heads, *rows)
     for key, name in (("source", "where it learnt"), ("worst", "in the worst environment")):
         rates = [f"rate {lr:g} (SGD {sgd:g})" for lr, sgd in zip(b["rates"], b["sgd_rates"], strict=True)]
@@ -199,9 +188,9 @@ def tables(results: dict[str, Any]) -> str:
     text += "\nb. Accuracy in the worst environment\n\n" + markdown(heads, *rows)
     heads = ["", "rate", *(f"{100 * agreement:g} % agree" for agreement in AGREEMENTS)]
     chosen = b["environments_at_chosen_rates"]
-    rows = [[name, f"{b['chosen_rates'][k]:g}", *chosen[:, k].T] for k, name in enumerate(METHODS)]
+    rows = [[name, b["chosen_rates"][k], *chosen[:, k].T] for k, name in enumerate(METHODS)]
     text += "\nc. Accuracy in each environment, rates chosen where it learnt\n\n" + markdown(heads, *rows)
-    rows = [[name, f"{d['chosen_rates'][k]:g}", d["accuracy"][:, k]] for k, name in enumerate(METHODS[:-1])]
+    rows = [[name, d["chosen_rates"][k], d["accuracy"][:, k]] for k, name in enumerate(METHODS[:-1])]
     title = f"\nd. Rare words: {d['name']}, {d['words']} words: test accuracy, rates chosen on validation\n\n"
     return text + title + markdown(["", "rate", "test accuracy"], *rows)
 
@@ -209,7 +198,7 @@ def tables(results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any]) -> Any:
     """Draw the picture."""
     a, b, d = (results[key] for key in ("sines", "features", "words"))
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9.5), layout="constrained")
+    figure, axes = subplots(2, 2, 12, 9.5)
     (sines, front), (environments, words) = axes
     for k, (name, (color, marker)) in enumerate(zip(METHODS, STYLES, strict=True)):
         style = {"color": color, "marker": marker, "capsize": 3}
@@ -244,13 +233,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="of what_p_does.json, .md and .png")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
-    parser.add_argument("--sst2", help="folder of SST-2's parquet files, for part d (default: docstrings)")
-    parser.add_argument("--quick", action="store_true", help="a few steps of a few models: tests that it runs")
+    parser.add_argument("--jobs", type=int, default=joblib.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(args)
-    if options.seeds < 1:
-        parser.error(f"--seeds {options.seeds}: give 1 or more")
-    results = {"command": command(__file__, args), **run(options.seeds, options.sst2, options.quick)}
-    write(options.output_dir / "what_p_does", results, tables(results), draw(results))
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: give 1 or more")
+    results = {"command": command(__file__, args), **run(options.seeds, options.jobs)}
+    write(options.output_dir / "what_p_does", results["command"], results, tables(results), draw(results))
     return results
 
 

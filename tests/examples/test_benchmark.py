@@ -16,24 +16,19 @@ def test_models_have_their_number_of_parameters(name, millions):
 def test_steps_and_memory_of_every_candidate(tmp_path, capsys):
     parts = ["--parts", "steps", "--shapes", "tiny", "--dtypes", "float32", "bfloat16", "--repeats", "2"]
     benchmark.main(["--output_dir", str(tmp_path), "--device", "cpu", *parts])
+    text, printed = (tmp_path / "benchmark.md").read_text(), capsys.readouterr().out
+    assert text.startswith("`python examples/benchmark.py --output_dir ") and text.partition("\n\n")[2] in printed
     results = json.loads((tmp_path / "benchmark.json").read_text())["results"]
-    printed = capsys.readouterr().out
-    assert printed.strip() == (tmp_path / "benchmark.md").read_text().strip()
-    full = {row["optimizer"] for row in results["Steps: tiny, float32"]}
-    low = {row["optimizer"] for row in results["Steps: tiny, bfloat16"]}
-    assert full == set(benchmark.CANDIDATES) and full - low == {"SGD fused", "LCAM fused"}
-    for row in results["Steps: tiny, float32"]:
-        assert row["ms"] > 0 and row["first, s"] > 0 and row["optimizer"] in printed
-    (base,) = [row for row in results["Steps: tiny, float32"] if row["optimizer"] == "AdamW fused"]
-    assert base["/ AdamW fused"] == 1
+    full, low = ({row["optimizer"]: row for row in results[f"Steps: tiny, {dtype}"]} for dtype in parts[5:7])
+    assert set(full) == set(benchmark.CANDIDATES) and set(full) - set(low) == {"SGD fused", "LCAM fused"}
+    for name, row in full.items():
+        assert row["ms"] > 0 and row["first, s"] > 0 and f"| {name} | {row['ms']:.3g} |" in text
+    assert full["AdamW fused"]["/ AdamW fused"] == 1
     state, peak = "bytes of state a parameter", "MiB beyond the state"
-    rows = {row["optimizer"]: row for row in results["Steps: tiny, float32"]}
-    assert rows["NSF p=0.1"][state] == pytest.approx(8, abs=0.01)
-    assert rows["LCAM"][state] == pytest.approx(4, abs=0.01)
+    expected = [(full["NSF p=0.1"], 8), (full["LCAM"], 4), (low["NSF p=0.1"], 10)]  # float32 moments and a Kahan sum
+    assert [row[state] for row, _ in expected] == pytest.approx([size for _, size in expected], abs=0.01)
     # The reference holds whole temporaries of the largest tensor, 60,000 float32; fused AdamW holds none.
-    assert rows["NSF reference p=0.1"][peak] > 60_000 * 4 / 2**20 > rows["AdamW fused"][peak]
-    low_rows = {row["optimizer"]: row for row in results["Steps: tiny, bfloat16"]}
-    assert low_rows["NSF p=0.1"][state] == pytest.approx(10, abs=0.01)  # moments in float32, a Kahan sum
+    assert full["NSF reference p=0.1"][peak] > 60_000 * 4 / 2**20 > full["AdamW fused"][peak]
 
 
 @pytest.mark.slow
