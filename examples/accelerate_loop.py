@@ -19,17 +19,18 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
-from classification import DataTrainingArguments, compute_metrics, one_sentence
-from image_classification import ModelArguments, build_model, default_learning_rate, prepare
+from classification import DataTrainingArguments, compute_metrics, default_learning_rate, one_sentence
+from image_classification import LEARNING_RATES, ModelArguments, build_model, prepare
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, HfArgumentParser, get_linear_schedule_with_warmup
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_nsf import LCAM, NSF, LossPhase
@@ -40,18 +41,18 @@ from hf_nsf.trainer.options import parse_optim_args
 class LoopArguments:
     """How to train."""
 
-    output_dir: str = field(metadata={"help": "Folder of the checkpoints, the final model and metrics.json."})
-    optim: Literal["nsf", "lcam"] = field(default="nsf", metadata={"help": "The optimizer."})
-    optim_args: str | None = field(default=None, metadata={"help": "Its options, e.g. p_min=-0.25,cycles=4."})
-    learning_rate: float | None = field(default=None, metadata={"help": "Default: one that suits the optimizer."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled for nsf, L2 for lcam."})
-    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training data."})
-    batch_size: int = field(default=64, metadata={"help": "Images of one micro-batch, of all processes together."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of one update."})
-    mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "As in Accelerate."})
-    checkpointing_steps: int | None = field(default=None, metadata={"help": "Save a checkpoint every so many updates."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint's folder, or last."})
-    seed: int = field(default=42, metadata={"help": "Of the new weights, the order of the images and the dropout."})
+    output_dir: str = HfArg(help="Folder of the checkpoints, the final model and metrics.json.")
+    optim: Literal["nsf", "lcam"] = HfArg(default="nsf", help="The optimizer.")
+    optim_args: str | None = HfArg(default=None, help="Its options, e.g. p_min=-0.25,cycles=4.")
+    learning_rate: float | None = HfArg(default=None, help="Default: one that suits the optimizer.")
+    weight_decay: float = HfArg(default=0.0, help="Decoupled for nsf, L2 for lcam.")
+    num_train_epochs: int = HfArg(default=10, help="Passes over the training data.")
+    batch_size: int = HfArg(default=64, help="Images of one micro-batch, of all processes together.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Micro-batches of one update.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = HfArg(default="no", help="As in Accelerate.")
+    checkpointing_steps: int | None = HfArg(default=None, help="Save a checkpoint every so many updates.")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="A checkpoint's folder, or last.")
+    seed: int = HfArg(default=42, help="Of the new weights, the order of the images and the dropout.")
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, log: list[dict[str, float]]) -> None:
@@ -123,7 +124,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         updates = arguments.num_train_epochs * math.ceil(len(train_loader) / accumulation)
         if arguments.learning_rate is None:
             pretrained = model_arguments.model_name_or_path is not None
-            arguments.learning_rate = default_learning_rate(arguments.optim, pretrained)
+            arguments.learning_rate = default_learning_rate(LEARNING_RATES, arguments.optim, pretrained)
         options |= {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay}
         if arguments.optim == "nsf":
             optimizer, phase = NSF(model.parameters(), total_steps=updates, **options), None

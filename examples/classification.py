@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the classification examples share: the user's data, the metric, the training, one sentence for bad input."""
+"""What the classification examples share: the user's data, the metrics, the training, one sentence for bad input."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import torch
-from datasets import ClassLabel, DatasetDict, Features, Value, load_dataset
+from datasets import ClassLabel, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetsError
 from embedded_data import SPLIT_SEED, SPLITS
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 
 import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
 
@@ -27,31 +27,23 @@ FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "jso
 class DataTrainingArguments:
     """Where the data comes from. With none of these, it is embedded."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a local folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "Local .parquet, .csv, .json or .jsonl file."})
-    validation_file: str | None = field(default=None, metadata={"help": "Default: a share of the training data."})
-    test_file: str | None = field(default=None, metadata={"help": "Default: no test."})
-    input_column: str | None = field(default=None, metadata={"help": "Default: text or sentence; image or img."})
-    label_column: str | None = field(default=None, metadata={"help": "Default: label or labels."})
-    validation_share: float = field(default=0.15, metadata={"help": "Of the training data, where no split is there."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random part of this size."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for validation and test."})
+    dataset_name: str | None = HfArg(default=None, help="A data set of the Hub, or a local folder.")
+    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
+    train_file: str | None = HfArg(default=None, help="Local .parquet, .csv, .json or .jsonl file.")
+    validation_file: str | None = HfArg(default=None, help="Default: a share of the training data.")
+    test_file: str | None = HfArg(default=None, help="Default: no test.")
+    input_column: str | None = HfArg(default=None, help="Default: text or sentence; image or img.")
+    label_column: str | None = HfArg(default=None, help="Default: label or labels.")
+    validation_share: float = HfArg(default=0.15, help="Of the training data, where no split is there.")
+    max_train_samples: int | None = HfArg(default=None, help="Train on a random part of this size.")
+    max_eval_samples: int | None = HfArg(default=None, help="Likewise for validation and test.")
 
 
 def load_splits(arguments: DataTrainingArguments, embedded: Callable[[], DatasetDict], *usual: str) -> DatasetDict:
-    """Load and check the data.
-
-    Args:
-        arguments: what the user asked for.
-        embedded: makes the data where the user named none.
-        usual: names of the column of inputs.
+    """Load and check the data; where the arguments name none, `embedded` makes it.
 
     Returns:
-        Splits train, validation and perhaps test, with the columns `labels` and `usual[0]`.
-
-    Raises:
-        ValueError, OSError, DatasetsError: something about the data is wrong.
+        Splits train, validation and perhaps test, with the columns `labels` and, for inputs, the first of the `usual`.
     """
     files = {split: file for split in SPLITS if (file := getattr(arguments, f"{split}_file")) is not None}
     if arguments.dataset_name is not None and files:
@@ -110,23 +102,17 @@ def one_sentence() -> Iterator[None]:
         sys.exit(f"error: {' '.join(str(cause or error).split())}")
 
 
-class AccuracyAndF1(evaluate.Metric):
-    """Share of right predictions, and the mean of the classes' F1 scores."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        columns = Features({"predictions": Value("int32"), "references": Value("int32")})
-        return evaluate.MetricInfo(description=self.__doc__, citation="", inputs_description="", features=columns)
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        macro_f1 = f1_score(references, predictions, average="macro", zero_division=0)
-        return {"accuracy": float(accuracy_score(references, predictions)), "macro_f1": float(macro_f1)}
-
-
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """What a Trainer reports after each evaluation."""
+    """Share of right predictions, and the mean of the classes' F1 scores."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    metric = AccuracyAndF1(keep_in_memory=True)  # no file that runs beside each other could share
-    return metric.compute(predictions=logits.argmax(-1), references=prediction.label_ids)
+    labels, predicted = prediction.label_ids, logits.argmax(-1)
+    macro_f1 = f1_score(labels, predicted, average="macro", zero_division=0)
+    return {"accuracy": float(accuracy_score(labels, predicted)), "macro_f1": float(macro_f1)}
+
+
+def default_learning_rate(rates: dict[str, tuple[float, float]], optim: str, pretrained: bool) -> float:
+    """Pick the rate of the optimizer's family, "sgd" or "adam", for a new model or for a pretrained one."""
+    return rates["sgd" if "sgd" in optim or optim == "lcam" else "adam"][pretrained]
 
 
 def train(
@@ -134,17 +120,17 @@ def train(
     model_arguments: type,
     prepare: Callable[[Any, DataTrainingArguments], tuple[Any, list[str], Any]],
     build_model: Callable[[Any, list[str], Any], Any],
-    default_learning_rate: Callable[[str, bool], float],
+    rates: dict[str, tuple[float, float]],
     **defaults: Any,
 ) -> None:
-    """Parse the arguments, train, evaluate and save; wrong arguments or data end it with one sentence.
+    """Parse the arguments, train, evaluate and save.
 
     Args:
         args: the command line; None for the process's own.
         model_arguments: dataclass of the arguments that choose the model, `model_name_or_path` among them.
         prepare: loads all but the model: splits ready for training, names of the labels, tokenizer or image processor.
         build_model: makes or loads the model for the names of the labels and what `prepare` returned third.
-        default_learning_rate: a rate for the optimizer's name and whether the model is pretrained.
+        rates: as in `default_learning_rate`.
         **defaults: of `TrainingArguments`, where they are not Trainer's.
     """
     with one_sentence():
@@ -161,7 +147,8 @@ def train(
         model, data, training = parser.parse_args_into_dataclasses(args)
         splits, label_names, processor = prepare(model, data)
         if training.learning_rate is None:
-            training.learning_rate = default_learning_rate(training.optim.value, model.model_name_or_path is not None)
+            pretrained = model.model_name_or_path is not None
+            training.learning_rate = default_learning_rate(rates, training.optim.value, pretrained)
         set_seed(training.seed)
         trainer = Trainer(
             model=build_model(model, label_names, processor),

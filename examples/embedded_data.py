@@ -132,8 +132,7 @@ def topic_files() -> Iterator[tuple[str, str, Path]]:
     library = Path(sysconfig.get_path("stdlib"))
     for topic, modules in TOPIC_MODULES.items():
         for module in modules.split():
-            single = library / f"{module}.py"
-            for path in [*([single] if single.is_file() else []), *sorted((library / module).rglob("*.py"))]:
+            for path in [*library.glob(f"{module}.py"), *sorted(library.glob(f"{module}/**/*.py"))]:
                 parts = path.relative_to(library).with_suffix("").parts
                 if not {"test", "tests", "idle_test"} & set(parts):
                     yield topic, ".".join(part for part in parts if part != "__init__"), path
@@ -141,11 +140,7 @@ def topic_files() -> Iterator[tuple[str, str, Path]]:
 
 def docstring_sentences(path: Path) -> Iterator[str]:
     """Yield the sentences of a source file's docstrings, in the order of the file."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             for paragraph in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
                 if not paragraph.lstrip().startswith(">>>"):

@@ -5,8 +5,7 @@ By default a small wide ResNet learns scikit-learn's handwritten digits, without
 
     python examples/image_classification.py --output_dir out --optim nsf
     python examples/image_classification.py --output_dir out --optim lcam --train_file train.parquet \
-        --test_file test.parquet --architecture wrn-28-10 --augment true --per_device_train_batch_size 128 \
-        --learning_rate 0.1 --weight_decay 5e-4 --max_grad_norm 0 --warmup_steps 0 --num_train_epochs 120
+        --architecture wrn-28-10 --augment true --learning_rate 0.1 --weight_decay 5e-4
     python examples/image_classification.py --output_dir out --optim nsf --dataset_name beans \
         --model_name_or_path google/vit-base-patch16-224-in21k
 
@@ -17,7 +16,7 @@ decoded once and kept in memory; with a pretrained one they load on demand.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from embedded_data import load_digits_images
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, relu
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.hf_argparser import HfArg
 from transformers.modeling_outputs import ImageClassifierOutput
 
 
@@ -35,17 +35,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 class ModelArguments:
     """Which model to train."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of a pretrained model (default: a new wide ResNet)."}
-    )
-    architecture: str = field(
-        default="wrn-10-2", metadata={"help": "Of the new model: wrn-DEPTH-WIDTH, e.g. wrn-10-1 (ResNet-8), wrn-28-10."}
-    )
-    image_size: int | None = field(default=None, metadata={"help": "For a new model (default: the first image's)."})
-    augment: bool = field(default=False, metadata={"help": "For a new model: random flips and crops."})
+    model_name_or_path: str | None = HfArg(default=None, help="Hub name or folder (default: a new wide ResNet).")
+    architecture: str = HfArg(default="wrn-10-2", help="Of a new model: wrn-DEPTH-WIDTH, such as wrn-28-10.")
+    image_size: int | None = HfArg(default=None, help="For a new model (default: the first image's).")
+    augment: bool = HfArg(default=False, help="For a new model: random flips and crops.")
 
 
-# ---- data
+LEARNING_RATES = {"sgd": (0.05, 5e-3), "adam": (3e-3, 5e-5)}  # for a new model and for a pretrained one
 
 
 class ImagesInMemory(torch.utils.data.Dataset):
@@ -82,15 +78,11 @@ class ImagesInMemory(torch.utils.data.Dataset):
 
 def flip_and_crop(images: Tensor, margin: int = 4) -> Tensor:
     """Mirror half of the images (count, channels, height, width) and shift each by up to `margin` pixels."""
-    count, channels, height, width = images.shape
+    count, _, height, width = images.shape
     images = torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(-1), images)
-    images = pad(images, [margin] * 4)
-    rows = (torch.randint(2 * margin + 1, (count, 1)) + torch.arange(height)).view(count, 1, height, 1)
-    columns = (torch.randint(2 * margin + 1, (count, 1)) + torch.arange(width)).view(count, 1, 1, width)
-    return images[torch.arange(count).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1), rows, columns]
-
-
-# ---- model
+    rows, columns = torch.randint(2 * margin + 1, (count,)), torch.randint(2 * margin + 1, (count,))
+    crops = pad(images, [margin] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all
+    return crops[torch.arange(count), :, rows, columns]
 
 
 class Block(nn.Module):
@@ -173,26 +165,10 @@ def prepare(model_arguments: ModelArguments, data_arguments: DataTrainingArgumen
     return {name: split.with_transform(transform) for name, split in splits.items()}, names, processor
 
 
-def default_learning_rate(optim: str, pretrained: bool) -> float:
-    """A rate that suits the family of the optimizer."""
-    if "sgd" in optim or optim == "lcam":
-        return 5e-3 if pretrained else 0.05
-    return 5e-5 if pretrained else 3e-3
-
-
 def main(args: list[str] | None = None) -> None:
     """Train on images."""
-    train(
-        args,
-        ModelArguments,
-        prepare,
-        build_model,
-        default_learning_rate,
-        num_train_epochs=10.0,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=256,
-        remove_unused_columns=False,
-    )
+    defaults = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 256, "num_train_epochs": 10.0}
+    train(args, ModelArguments, prepare, build_model, LEARNING_RATES, remove_unused_columns=False, **defaults)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ without a network:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,25 +28,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.hf_argparser import HfArg
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 # Weights start at the scale of their inputs; ModernBERT's own 0.02 suits layers of some 2,500 units. Embeddings are
 # normalised before use, so a small scale lets them turn fast, which helps SGD with the many rare tokens.
 HIDDEN_SIZE, EMBEDDING_STD = 64, 0.02
+LEARNING_RATES = {"sgd": (0.2, 0.03), "adam": (4e-3, 1e-4)}  # for a new model and for a pretrained one
 
 
 @dataclass
 class ModelArguments:
     """Which model to train."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of a pretrained model (default: a new small ModernBERT)."}
-    )
-    vocabulary_size: int = field(default=2000, metadata={"help": "Of the new model's tokenizer."})
-    max_length: int = field(default=64, metadata={"help": "Texts are cut to this many tokens."})
-
-
-# ---- data
+    model_name_or_path: str | None = HfArg(default=None, help="Hub name or folder (default: a new small ModernBERT).")
+    vocabulary_size: int = HfArg(default=2000, help="Of a new model's tokenizer.")
+    max_length: int = HfArg(default=64, help="Texts are cut to this many tokens.")
 
 
 def train_tokenizer(texts: list[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
@@ -83,9 +80,6 @@ def prepare(model_arguments: ModelArguments, data_arguments: DataTrainingArgumen
     return splits.map(tokenize, batched=True, remove_columns=["text"]), names, tokenizer
 
 
-# ---- model
-
-
 def build_model(arguments: ModelArguments, label_names: list[str], tokenizer: Any) -> PreTrainedModel:
     """Load the pretrained model, or make a small ModernBERT, for the given labels."""
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: k for k, name in enumerate(label_names)}}
@@ -116,25 +110,10 @@ def build_model(arguments: ModelArguments, label_names: list[str], tokenizer: An
     return model
 
 
-def default_learning_rate(optim: str, pretrained: bool) -> float:
-    """A rate that suits the family of the optimizer."""
-    if "sgd" in optim or optim == "lcam":
-        return 0.03 if pretrained else 0.2
-    return 1e-4 if pretrained else 4e-3
-
-
 def main(args: list[str] | None = None) -> None:
     """Train on texts."""
-    train(
-        args,
-        ModelArguments,
-        prepare,
-        build_model,
-        default_learning_rate,
-        num_train_epochs=3.0,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=128,
-    )
+    defaults = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 128, "num_train_epochs": 3.0}
+    train(args, ModelArguments, prepare, build_model, LEARNING_RATES, **defaults)
 
 
 if __name__ == "__main__":
