@@ -125,13 +125,8 @@ def train(
 ) -> None:
     """Parse the arguments, train, evaluate and save.
 
-    Args:
-        args: the command line; None for the process's own.
-        model_arguments: dataclass of the arguments that choose the model, `model_name_or_path` among them.
-        prepare: loads all but the model: splits ready for training, names of the labels, tokenizer or image processor.
-        build_model: makes or loads the model for the names of the labels and what `prepare` returned third.
-        rates: as in `default_learning_rate`.
-        **defaults: of `TrainingArguments`, where they are not Trainer's.
+    `prepare` returns splits ready for training, the names of the labels, and a tokenizer or an image processor;
+    `build_model` gets the last two. `rates` are those of `default_learning_rate`, the `defaults` of TrainingArguments.
     """
     with one_sentence():
         parser = HfArgumentParser((model_arguments, DataTrainingArguments, TrainingArguments))

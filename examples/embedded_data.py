@@ -55,9 +55,8 @@ def load_digits_images() -> DatasetDict:
     pixels = (digits.images * (255 / 16)).astype(np.uint8)  # grey values from 0 to 16
     images = [PIL.Image.fromarray(image) for image in pixels]
     rows = Dataset.from_dict({"image": images, "label": labels}, features=features)
-    return DatasetDict(
-        {split: rows.select(part) for split, part in zip(SPLITS, (train, validation, test), strict=True)}
-    )
+    parts = {"train": train, "validation": validation, "test": test}
+    return DatasetDict({split: rows.select(part) for split, part in parts.items()})
 
 
 def load_docstring_sentences() -> DatasetDict:

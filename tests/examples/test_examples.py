@@ -3,6 +3,7 @@
 
 import functools
 import io
+import itertools
 import json
 import math
 import re
@@ -59,11 +60,15 @@ def digit_png():
 
 
 def write(folder, files):
-    """Write files of the given texts; return the flags that name them."""
+    """Write files of the given text or, with labels, of two images; return the flags that name them."""
     flags = []
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
-        flags += [f"--{name.partition('.')[0]}_file", str(folder / name)]
+    for name, content in files.items():
+        path = folder / name
+        if isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        else:
+            Dataset.from_dict({"image": content * 4, "label": [0, 1] * 4}).to_parquet(path)
+        flags += [f"--{path.stem}_file", str(path)]
     return flags
 
 
@@ -176,15 +181,10 @@ def test_flips_and_crops_are_parts_of_the_padded_image_or_its_mirror():
     images = torch.randint(1, 256, (64, 3, 6, 5), dtype=torch.uint8)
     seen = set()
     for image, varied in zip(images, image_classification.flip_and_crop(images, margin=2), strict=True):
-        candidates = {}
-        for flipped in (False, True):
-            padded = nn.functional.pad(image.flip(-1) if flipped else image, [2] * 4)
-            for row in range(5):
-                for column in range(5):
-                    candidates[flipped, row, column] = padded[:, row : row + 6, column : column + 5]
-        found = [key for key, part in candidates.items() if torch.equal(part, varied)]
-        assert len(found) == 1
-        seen.update(found)
+        padded = {flipped: nn.functional.pad(image.flip(-1) if flipped else image, [2] * 4) for flipped in (0, 1)}
+        places = itertools.product((0, 1), range(5), range(5))
+        (found,) = [(f, y, x) for f, y, x in places if torch.equal(padded[f][:, y : y + 6, x : x + 5], varied)]
+        seen.add(found)
     assert len(seen) > 30 and len({flipped for flipped, _, _ in seen}) == 2
 
 
@@ -201,56 +201,40 @@ def test_wide_resnets_have_their_number_of_parameters(architecture, millions):
 
 
 @pytest.mark.parametrize(
-    ("files", "flags", "sentence"),
+    ("script", "files", "flags", "sentence"),
     [
-        ({"train.csv": "words,label\none,a\ntwo,b\n"}, [], "No column text or sentence: the columns are words, label"),
-        ({"train.csv": "text,topic\none,a\ntwo,b\n"}, [], "No column label or labels: the columns are text, topic"),
-        ({"train.csv": GOOD}, ["--input_column", "body"], "No column body: the columns are text, label"),
-        ({"train.csv": GOOD, "validation.csv": "text,label\none,c\n"}, [], "Invalid string class label c"),
-        ({"train.csv": GOOD, "validation.csv": "text,label\n"}, [], "corresponds to no data"),
-        ({"train.csv": ""}, [], "No columns to parse from file"),
-        ({"train.csv": "text,label\na,b\nc,d,e,f\n"}, [], "Error tokenizing data"),
-        ({"train.csv": GOOD}, ["--test_file", "nowhere.csv"], "nowhere.csv"),
-        ({"train.csv": GOOD}, ["--test_file", "table.xls"], "must have one format (.parquet, .csv"),
-        ({"validation.csv": GOOD}, [], "include a --train_file"),
-        ({"train.csv": "text,label\none,a\ntwo,a\n"}, [], "two different numbers or strings, found ['a']"),
-        ({"train.csv": "text,label\none,0.5\ntwo,1.5\n"}, [], "two different numbers or strings, found [0.5, 1.5]"),
-        ({"train.csv": "text,label\n,a\n,b\n"}, [], "split must be strings"),
-        ({"train.csv": GOOD}, ["--dataset_name", "imdb"], "either --dataset_name or local files"),
-        ({"train.csv": GOOD}, ["--max_train_samples", "0"], "limit of 0 samples"),
-        ({"train.csv": GOOD}, ["--model_name_or_path", "gone"], "error: "),
-        ({}, ["--dataset_name", "someone/something"], "someone/something"),
-        ({"train.csv": GOOD}, ["--optim", "nsf", "--optim_args", "p_mni=0"], "did you mean 'p_min'"),
-        ({"train.csv": GOOD}, ["--momentum", "0.9"], "--momentum"),
+        ("text", {"train.csv": "words,label\none,a\n"}, "", "No column text or sentence: the columns are words, label"),
+        ("text", {"train.csv": "text,topic\none,a\n"}, "", "No column label or labels: the columns are text, topic"),
+        ("text", {"train.csv": GOOD}, "--input_column body", "No column body: the columns are text, label"),
+        ("text", {"train.csv": GOOD, "validation.csv": "text,label\none,c\n"}, "", "Invalid string class label c"),
+        ("text", {"train.csv": GOOD, "validation.csv": "text,label\n"}, "", "corresponds to no data"),
+        ("text", {"train.csv": ""}, "", "No columns to parse from file"),
+        ("text", {"train.csv": "text,label\na,b\nc,d,e,f\n"}, "", "Error tokenizing data"),
+        ("text", {"train.csv": GOOD}, "--test_file nowhere.csv", "nowhere.csv"),
+        ("text", {"train.csv": GOOD}, "--test_file table.xls", "must have one format (.parquet, .csv"),
+        ("text", {"validation.csv": GOOD}, "", "include a --train_file"),
+        ("text", {"train.csv": "text,label\none,a\ntwo,a\n"}, "", "two different numbers or strings, found ['a']"),
+        ("text", {"train.csv": "text,label\na,0.5\nb,1.5\n"}, "", "two different numbers or strings, found [0.5, 1.5]"),
+        ("text", {"train.csv": "text,label\n,a\n,b\n"}, "", "split must be strings"),
+        ("text", {"train.csv": GOOD}, "--dataset_name imdb", "either --dataset_name or local files"),
+        ("text", {"train.csv": GOOD}, "--max_train_samples 0", "limit of 0 samples"),
+        ("text", {"train.csv": GOOD}, "--model_name_or_path gone", "error: "),
+        ("text", {}, "--dataset_name someone/something", "someone/something"),
+        ("text", {"train.csv": GOOD}, "--optim nsf --optim_args p_mni=0", "did you mean 'p_min'"),
+        ("text", {"train.csv": GOOD}, "--momentum 0.9", "--momentum"),
+        ("image", {}, "--architecture resnet", "give wrn-DEPTH-WIDTH"),
+        ("image", {}, "--model_name_or_path .", "error: "),
+        ("image", {"train.parquet": [digit_png(), b"not an image"]}, "", "The image in row "),
+        ("image", {"train.parquet": ["gone.png", "away.png"]}, "", "The image in row 0 cannot be read"),
+        ("image", {"train.parquet": [4, 3]}, "", "Unsupported cast from int64"),
     ],
 )
-def test_bad_input_of_the_text_script(tmp_path, files, flags, sentence):
-    flags = ["--output_dir", str(tmp_path / "out"), *write(tmp_path, files), *flags]
+def test_bad_input_is_one_sentence(tmp_path, script, files, flags, sentence):
+    flags = ["--output_dir", str(tmp_path / "out"), *write(tmp_path, files), *flags.split()]
     with pytest.raises(SystemExit) as caught:
-        text_classification.main(flags)
+        SCRIPTS[script].main(flags)
     assert str(caught.value).startswith("error: ") and sentence in str(caught.value)
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("out/*"))
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--architecture", "resnet"], "give wrn-DEPTH-WIDTH"),
-        (["--model_name_or_path", "."], "error: "),
-        ([b"not an image"], "The image in row "),
-        (["gone.png"], "The image in row "),
-        ([3], "Unsupported cast from int64"),
-    ],
-)
-def test_bad_input_of_the_image_script(tmp_path, flags, sentence):
-    if len(flags) == 1:  # every second image is this
-        (tmp_path / "good.png").write_bytes(digit_png())
-        good = {bytes: digit_png(), str: str(tmp_path / "good.png"), int: 4}[type(flags[0])]
-        Dataset.from_dict({"image": [good, *flags] * 4, "label": [0, 1] * 4}).to_parquet(tmp_path / "train.parquet")
-        flags = ["--train_file", str(tmp_path / "train.parquet")]
-    with pytest.raises(SystemExit) as caught:
-        image_classification.main(["--output_dir", str(tmp_path), *flags])
-    assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---- end to end
