@@ -119,8 +119,8 @@ def load_data(train_file: str | None, test_file: str | None) -> Data:
 def build(inputs: np.ndarray, classes: int) -> nn.Module:
     """Make a network for images, or for bags of words."""
     if inputs.ndim == 4:
-        model = build_model(ModelArguments(architecture="wrn-10-1"), [str(label) for label in range(classes)])
-        return model.to(memory_format=torch.channels_last)
+        resnet = build_model(ModelArguments(architecture="wrn-10-1"), [str(label) for label in range(classes)])
+        return nn.Sequential(resnet.body, resnet.head).to(memory_format=torch.channels_last)
     layers = [nn.Dropout(0.5), nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, classes)]
     return nn.Sequential(*layers)
 
@@ -133,7 +133,6 @@ def train(
     torch.manual_seed(seed)  # the same first weights, batches and dropout for all methods
     tensors = {name: tuple(torch.from_numpy(np.array(part)) for part in split) for name, split in data.items()}
     x, y = tensors["train"]
-    is_image = x.ndim == 4
     model = build(data["train"][0], int(y.max()) + 1)
     updates = epochs * (len(y) // BATCH)
 
@@ -157,10 +156,10 @@ def train(
         phase = LossPhase(optimizer)
 
     def logits(inputs: Tensor) -> Tensor:
+        is_image = inputs.ndim == 4
         inputs = (inputs / 127.5 - 1).to(memory_format=torch.channels_last) if is_image else inputs.float()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            outputs = model(inputs)
-        return (outputs.logits if is_image else outputs).float()
+            return model(inputs).float()
 
     found: dict[str, Any] = {f"{name}_{key}": [] for name in SPLITS[1:] for key in ("accuracy", "loss")}
     group, low = optimizer.param_groups[0], 0
