@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the classification examples share: the user's data, the metrics, the training, one sentence for bad input."""
+"""What the classification examples share: the user's data, the metric, the training, one sentence for bad input."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import torch
-from datasets import ClassLabel, DatasetDict, Value, load_dataset
+from datasets import ClassLabel, DatasetDict, Features, Value, load_dataset
 from datasets.exceptions import DatasetsError
 from embedded_data import SPLIT_SEED, SPLITS
 from sklearn.metrics import accuracy_score, f1_score
@@ -102,12 +103,23 @@ def one_sentence() -> Iterator[None]:
         sys.exit(f"error: {' '.join(str(cause or error).split())}")
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+class AccuracyAndF1(evaluate.Metric):
     """Share of right predictions, and the mean of the classes' F1 scores."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        columns = Features({"predictions": Value("int32"), "references": Value("int32")})
+        return evaluate.MetricInfo(description=self.__doc__, citation="", inputs_description="", features=columns)
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        macro_f1 = f1_score(references, predictions, average="macro", zero_division=0)
+        return {"accuracy": float(accuracy_score(references, predictions)), "macro_f1": float(macro_f1)}
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """What a Trainer reports after each evaluation."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    labels, predicted = prediction.label_ids, logits.argmax(-1)
-    macro_f1 = f1_score(labels, predicted, average="macro", zero_division=0)
-    return {"accuracy": float(accuracy_score(labels, predicted)), "macro_f1": float(macro_f1)}
+    metric = AccuracyAndF1(keep_in_memory=True)  # no file that runs beside each other could share
+    return metric.compute(predictions=logits.argmax(-1), references=prediction.label_ids)
 
 
 def default_learning_rate(rates: dict[str, tuple[float, float]], optim: str, pretrained: bool) -> float:
