@@ -116,7 +116,7 @@ def test_options_may_be_tensors_and_change_between_steps(path):
         params = parameters(dtype, path)
         optimizer = NSF(params, lr=kind(1e-2), p=kind(0.5), betas=(kind(0.9), kind(0.99)), **PATHS[chosen])
         for index, p in enumerate((0.5, 0.25, 0.5, 0.0, -0.25, 1.0)):
-            optimizer.param_groups[0].update(p=kind(p), lr=kind(1e-2 / (index + 1)), weight_decay=kind(0.1))
+            optimizer.param_groups[0].update(p=kind(p), lr=kind(1e-2 / (index + 1)), betas=(kind(0.5), kind(0.9)))
             drive(optimizer, params, index + 1, skip=index)
             assert optimizer.last_p == pytest.approx(p)
         results.append(params)
