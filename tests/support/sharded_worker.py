@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharded and whole parameters stepped side by side, on as many ranks as asked for.
 
-With --half_a_run they make half of a training, the second half if the folder given holds the first.
+With several numbers of ranks, each also goes on with the checkpoints of those before it.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def lockstep(mesh, case: Case) -> None:
     ours, of_torch, reference = case.make(mixed), case.of_torch(same), case.make(plain)
     for step in range(STEPS):
         arrive = (PARTIAL if step % 2 else PLACEMENTS)[mesh.ndim]
-        missing = 2 if step % 4 == 3 else None  # now and then one has no gradient
+        missing = 2 if step % 4 == 3 or step == 0 else None  # now and then one has no gradient
         for i, (a, b, c) in enumerate(zip(mixed, same, plain, strict=True)):
             g = draw(c.shape)
             a.grad = b.grad = distribute(g, mesh, arrive[i]) if i != missing else None
@@ -145,6 +145,7 @@ def lockstep(mesh, case: Case) -> None:
             case.check(collectives_of(ours), collectives_of(of_torch), mesh, partial_sums, ours)
         else:
             ours.step()
+        assert step or len(ours.state) == len(mixed) - 1, "a state for a parameter without a gradient"
         if step >= COUNTED:  # under CommDebugMode torch's lists change no version
             assert all(q._version > v for i, (q, v) in enumerate(zip(mixed, versions, strict=True)) if i != missing)
         reference.step()
@@ -246,26 +247,6 @@ def resume(mesh, make, folder):
     return model, optimizer
 
 
-def fsdp2(mesh, make) -> None:
-    """Training under fully_shard is the training of the whole model; its DCP checkpoint goes on bit for bit."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    plain, model = build_model(), shard_model(mesh)
-    reference, ours = make(plain.parameters()), make(model.parameters())
-    train(plain, reference, range(STEPS), 0, 1)
-    train(model, ours, range(STEPS // 2), rank, world)
-
-    folder = [tempfile.mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folder)
-    save(everything(model, ours), checkpoint_id=folder[0])
-    train(model, ours, range(STEPS // 2, STEPS), rank, world)
-    assert_equal(model.parameters(), plain.parameters(), "fully_shard")
-
-    other, resumed = resume(mesh, make, folder[0])
-    train(other, resumed, range(STEPS // 2, STEPS), rank, world)
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(whole(a), whole(b)), "a run resumed from a DCP checkpoint differs"
-
-
 def whole_tensors(model, optimizer) -> list[torch.Tensor]:
     """Weights and state, whole, in the order of their names."""
     kept = everything(model, optimizer)
@@ -273,33 +254,31 @@ def whole_tensors(model, optimizer) -> list[torch.Tensor]:
     return [whole(value).clone() for value in [*kept["model"].values(), *states]]
 
 
-def half_a_run(mesh, make, folder: Path) -> None:
-    """The first half of a training, or the second if another number of ranks has made the first."""
+def fsdp2(mesh, make, folder: Path) -> None:
+    """Training under fully_shard is the training of the whole model; its DCP checkpoint goes on bit for bit."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    is_first = not folder.exists()
-    dist.barrier()  # nobody makes the folder before all have looked
-    if is_first:
-        model = shard_model(mesh)
-        ours = make(model.parameters())
-        train(model, ours, range(STEPS // 2), rank, world)
-        save(everything(model, ours), checkpoint_id=folder)
-        kept = whole_tensors(model, ours)
-        if rank == 0:
-            torch.save({"world": world, "tensors": kept}, folder / "whole.pt")
-        return
-    kept = torch.load(folder / "whole.pt")
-    assert kept["world"] != world
-    model, ours = resume(mesh, make, folder)
-    loaded = whole_tensors(model, ours)
-    assert len(loaded) > len(list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(loaded, kept["tensors"], strict=True)), "loaded tensors differ"
-    train(model, ours, range(STEPS // 2, STEPS), rank, world)
-    plain = build_model()
+    plain, model, own = build_model(), shard_model(mesh), folder / str(world)
+    ours, rest = make(model.parameters()), range(STEPS // 2, STEPS)
     train(plain, make(plain.parameters()), range(STEPS), 0, 1)
-    assert_equal(model.parameters(), plain.parameters(), "another number of ranks")
+    train(model, ours, range(STEPS // 2), rank, world)
+    save(everything(model, ours), checkpoint_id=own)
+    kept = whole_tensors(model, ours)
+    if rank == 0:
+        torch.save(kept, own / "whole.pt")
+    train(model, ours, rest, rank, world)
+    assert_equal(model.parameters(), plain.parameters(), "fully_shard")
+    dist.barrier()
+    for made in sorted(folder.iterdir()):
+        other, resumed = resume(mesh, make, made)
+        loaded, kept = whole_tensors(other, resumed), torch.load(made / "whole.pt")
+        assert len(loaded) > len(list(other.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(loaded, kept, strict=True)), "loaded tensors differ"
+        train(other, resumed, rest, rank, world)
+        exact, bound = (model, 0.0) if made == own else (plain, 1e-6)
+        assert_equal(other.parameters(), map(whole, exact.parameters()), f"begun on {made.name} ranks", bound)
 
 
-def work(names: list[str], halves: Path | None) -> None:
+def work(names: list[str], folder: Path) -> None:
     """What each rank does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -308,14 +287,11 @@ def work(names: list[str], halves: Path | None) -> None:
     meshes = [line] + ([init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))] if world == 4 else [])
     for name in names:
         case = CASES[name]
-        if halves:
-            half_a_run(line, case.make, halves / name)
-        else:
-            for mesh in meshes:
-                lockstep(mesh, case)
-            if case.dtype == torch.float32:
-                tensor_parallel(line, case)
-                fsdp2(line, case.make)
+        for mesh in meshes:
+            lockstep(mesh, case)
+        if case.dtype == torch.float32:
+            tensor_parallel(line, case)
+            fsdp2(line, case.make, folder / name)
         if dist.get_rank() == 0:
             print("passed:", name, flush=True)
     dist.barrier()
@@ -326,7 +302,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("processes", type=int, nargs="+", help="Numbers of ranks, one after the other.")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--half_a_run", type=Path, help="Folder of a run made by two numbers of ranks in turn.")
     arguments = parser.parse_args()
-    for number in arguments.processes:
-        fork(number, work, arguments.cases, arguments.half_a_run)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in arguments.processes:
+            fork(number, work, arguments.cases, Path(folder))
