@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from forks import fork
+from forks import fork, save_jobs
 from tiny_run import SETTINGS
 from torch.distributed.checkpoint import CheckpointException
 from torch.utils.data import Dataset
@@ -111,25 +110,12 @@ def run_job(job, folder):
     return {"error": None, "seen": groups.seen, "said": said.lines, **held(trainer)}
 
 
-def run_jobs(jobs, target):
-    """All jobs of a launch, in each rank. A rank whose last job fails ends at once, and fork() ends the others."""
-    torch.set_num_threads(1)
-    for each in jobs:
-        result = run_job(each, target)
-        torch.save(result, Path(target, f"{each['name']}-{os.environ.get('RANK', 0)}.pt"))
-        if each.get("fails_on_one_rank"):
-            os._exit(1)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
     plan, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for number, launch in enumerate(plan):
         (folder / str(number)).mkdir()
         try:
-            fork(launch["processes"], run_jobs, launch["jobs"], folder / str(number))
+            fork(launch["processes"], save_jobs, launch["jobs"], run_job, folder / str(number))
         except SystemExit:
             if not launch["jobs"][-1].get("fails_on_one_rank"):
                 raise
