@@ -2,7 +2,6 @@
 """Runs of a stock Trainer: logged values, losses used, ways to pass the optimizer, warnings, added callbacks."""
 
 import json
-import types
 import warnings
 
 import pytest
@@ -67,13 +66,6 @@ def test_a_run_learns_and_logs_the_values_used(optimizer, tmp_path, warned):
     assert not warned and not {"training_step", "train"} & vars(trainer).keys()
 
 
-class OwnLoss(Watched):
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        outputs = model(**inputs)
-        loss = 2 * outputs["loss"] + 1
-        return (loss, outputs) if return_outputs else loss
-
-
 class OwnStep(Trainer):
     """A training_step that does not call its parent's."""
 
@@ -102,18 +94,12 @@ class Renames(Watched):
         super().log({"embedding_loss" if key == "loss" else key: value for key, value in logs.items()}, *args, **kwargs)
 
 
-class Configured(Averages):
-    config = types.SimpleNamespace()  # label smoothing looks into it
-
-
 def other_loss(outputs, labels, num_items_in_batch=None):
     return nn.functional.cross_entropy(outputs["logits"], labels) + 0.5
 
 
 LOSSES = {
-    "label smoothing": (Watched, {"label_smoothing_factor": 0.2, "model": Configured}, {}),
     "compute_loss_func": (Watched, {}, {"compute_loss_func": other_loss}),
-    "compute_loss": (OwnLoss, {}, {}),
     "training_step that reports": (Reports, {}, {}),
     "another key": (Renames, {}, {}),
     "evaluation inside": (Watched, {"eval_strategy": "steps", "eval_steps": 2}, {"eval_dataset": Rows(8)}),
