@@ -70,20 +70,12 @@ def test_the_state_of_another_optimizer_is_refused():
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_states_of_another_shape_are_refused(name):
-    """A larger vocabulary, for example. NSF never writes outside such a state, however it was set."""
+    """A larger vocabulary, for example."""
     small, large = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(40))
     optimizer = MAKERS[name]([large])
     with pytest.raises(ValueError, match=rf"{MOMENTS[name][0]} of shape \(5,\) for a parameter of shape \(40,\)"):
         optimizer.load_state_dict(started(name, [small]).state_dict())
     assert not optimizer.state
-    for path in ("default", "foreach", "reference") if name == "nsf" else ():
-        around = torch.zeros(60)
-        optimizer = MAKERS[name]([large], **PATHS[path])
-        optimizer.state[large].update({"step": torch.zeros(()), **dict.fromkeys(MOMENTS[name], around[:5])})
-        large.grad = torch.ones(40)
-        with pytest.raises((RuntimeError, ValueError)):
-            optimizer.step()
-        assert torch.equal(around[5:], torch.zeros(55))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

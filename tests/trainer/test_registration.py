@@ -11,9 +11,7 @@ import sys
 
 import pytest
 import torch
-import transformers
 import yaml
-from packaging.version import Version
 from trainer_runs import check_rule, make_trainer
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers import trainer as host_trainer
@@ -23,7 +21,7 @@ import hf_nsf
 
 
 @pytest.mark.parametrize("name", ["lcam", "nsf"])
-def test_the_name_is_a_real_member_in_code_command_line_json_and_yaml(name, tmp_path, capsys):
+def test_the_name_is_a_real_member_in_code_command_line_json_and_yaml(name, tmp_path):
     member = OptimizerNames(name)
     assert member is getattr(OptimizerNames, name.upper()) is OptimizerNames[name.upper()]
     assert member in list(OptimizerNames) and (sys.version_info < (3, 12) or name in OptimizerNames)
@@ -41,10 +39,6 @@ def test_the_name_is_a_real_member_in_code_command_line_json_and_yaml(name, tmp_
     assert [args.optim for args in [*parsed, copy.deepcopy(parsed[0])]] == [member] * 5
     assert json.loads(parsed[0].to_json_string())["optim"] == name
     assert name in parser.format_usage().split("--optim {")[1].split("}")[0].split(",")
-    if Version(transformers.__version__) >= Version("5.3"):  # 5.2.0 fails to print its own help
-        with pytest.raises(SystemExit):
-            parser.parse_args(["--help"])
-        assert name in capsys.readouterr().out
 
 
 # In a process of its own, which has not imported hf_nsf and reloads transformers' modules.
