@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LCAM is torch's SGD bit for bit on each of torch's paths; it decides as the authors' loop, and as computed by hand."""
+"""LCAM is torch's SGD bit for bit on each of torch's paths; it decides as the authors' loop and as reckoned by hand."""
 
 import math
 import warnings

@@ -101,18 +101,16 @@ def test_the_total_may_come_later():
 
 
 def test_groups_have_cycles_of_their_own():
-    own = [{"p": 0.1}, {"cycle_steps": 6}, {"cycles": 3, "total_steps": 30}, {"p_max": 1.0}, {}]
-    optimizer = NSF([{"params": [parameter()], **each} for each in own[:-1]], cycle_steps=4)
-    optimizer.add_param_group({"params": [parameter()], **own[-1]})
     names = ("p", "cycle_steps", "cycles", "p_max")
-    expected = [
-        (0.1, *[None] * 3),
-        (None, 6, None, 0.5),
-        (None, None, 3, 0.5),
-        (None, 4, None, 1.0),
-        (None, 4, None, 0.5),
-    ]
-    assert [tuple(group[name] for name in names) for group in optimizer.param_groups] == expected
+    table = [
+        ({"p": 0.1}, (0.1, None, None, None)), ({"cycle_steps": 6}, (None, 6, None, 0.5)),
+        ({"cycles": 3, "total_steps": 30}, (None, None, 3, 0.5)), ({"p_max": 1.0}, (None, 4, None, 1.0)),
+        ({}, (None, 4, None, 0.5)),
+    ]  # fmt: skip
+    optimizer = NSF([{"params": [parameter()], **own} for own, _ in table[:-1]], cycle_steps=4)
+    optimizer.add_param_group({"params": [parameter()], **table[-1][0]})
+    for group, (_, expected) in zip(optimizer.param_groups, table, strict=True):
+        assert tuple(group[name] for name in names) == expected
     constant = NSF([{"params": [parameter()], "cycle_steps": 5}, {"params": [parameter()]}], p=0.2)
     assert [(group["p"], group["cycle_steps"]) for group in constant.param_groups] == [(None, 5), (0.2, None)]
 
