@@ -57,12 +57,6 @@ def test_bad_values_are_refused_and_shown(cls, options, shown):
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("cls", [NSF, LCAM])
-def test_unknown_options_are_refused(cls):
-    with pytest.raises(TypeError, match="momentun"):
-        cls([nn.Parameter(torch.ones(1))], momentun=0.9)
-
-
 def one_dim(x):
     return torch.tensor([x])
 

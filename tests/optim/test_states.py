@@ -207,17 +207,18 @@ def test_a_model_may_change_its_dtype_between_steps(name, path):
 @pytest.mark.parametrize("name", MAKERS)
 def test_nothing_follows_the_default_device(name):
     for dtype in (torch.float32, torch.bfloat16):
-        params, plain = parameters(dtype), parameters(dtype)
-        optimizer, reference = MAKERS[name](params), MAKERS[name](plain)
-        for index, device in enumerate(("cpu", "meta", "meta")):
-            for of, some in ((reference, plain), (optimizer, params)):
-                for q, value in zip(some, parameters(dtype), strict=True):
+        results = []
+        for device in ("cpu", "meta"):
+            results.append(parameters(dtype))
+            optimizer = MAKERS[name](results[-1])
+            for index in range(3):
+                for q, value in zip(results[-1], parameters(dtype), strict=True):
                     q.grad = value.detach() * (index + 1)
-                with torch.device(device if of is optimizer else "cpu"):
-                    of.step()
-        assert identical(params, plain)
+                with torch.device(device if index else "cpu"):
+                    optimizer.step()
+        assert identical(*results)
         with torch.device("meta"):
-            again = loaded(name, params, optimizer.state_dict())
+            again = loaded(name, results[-1], optimizer.state_dict())
             if name == "lcam":
                 LossPhase(again).step(1.0)
         for each in (optimizer, again):

@@ -6,10 +6,10 @@ Called as `fsdp_run.py PLAN FOLDER`, where PLAN is a JSON file with a list of la
 """
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -82,32 +82,19 @@ class Groups(TrainerCallback):
     on_save = on_train_begin
 
 
-class Said(logging.Handler):
-    """What hf_nsf warns of."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.lines = []
-        logging.getLogger("hf_nsf").addHandler(self)
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
 def run_job(job, folder):
     """Make one training; return what this rank holds."""
     job = {key: value for key, value in job.items() if key != "fails_on_one_rank"}
     name, optimizer, resume = job.pop("name"), job.pop("optimizer"), job.pop("resume", None)
     job.setdefault("per_device_train_batch_size", 8 // int(os.environ.get("WORLD_SIZE", 1)))
-    groups, said = Groups(), Said()
+    groups, said = Groups(), []
     trainer = make_trainer(Path(folder, name), optimizer, callbacks=[groups], **job)
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        with mock.patch("hf_nsf.trainer.callback.logger.warning_once", said.append):
+            trainer.train(resume_from_checkpoint=resume)
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         return {"error": f"{type(error).__name__}: {error}"}
-    finally:
-        logging.getLogger("hf_nsf").removeHandler(said)
-    return {"error": None, "seen": groups.seen, "said": said.lines, **held(trainer)}
+    return {"error": None, "seen": groups.seen, "said": said, **held(trainer)}
 
 
 if __name__ == "__main__":
