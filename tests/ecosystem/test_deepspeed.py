@@ -10,13 +10,13 @@ import json
 import pytest
 from forks import SUPPORT, run_checked
 from lcam_reference import momenta_from_losses
+from trainer_runs import LOGGED
 
 from hf_nsf import p_schedule
 
 pytest.importorskip("deepspeed")
 # Its processes wait for each other by spinning: where cores are shared, that takes ten times as long.
 pytestmark = [pytest.mark.ecosystem, pytest.mark.timeout(1000)]
-LOGGED = ("loss", "step", "nsf_p", "lcam_momentum", "lcam_loss_phase", "lcam_loss_mean")
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(1, ""), (2, ""), (3, ""), (2, "offload"), (3, "offload")])

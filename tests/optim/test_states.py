@@ -9,7 +9,7 @@ import torch
 from problems import MAKERS, PATHS, copies, drive, identical, make_parameters, needs_numba
 from torch import nn
 
-from hf_nsf import LCAM, NSF, LossPhase
+from hf_nsf import LossPhase
 
 NSF_CASES = [pytest.param("nsf", path, marks=needs_numba if path == "fused" else ()) for path in PATHS]
 CASES = [*(("lcam", path) for path in PATHS), *NSF_CASES]
@@ -70,20 +70,12 @@ def test_the_state_of_another_optimizer_is_refused():
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_states_of_another_shape_are_refused(name):
-    """A larger vocabulary, for example. NSF never writes outside such a state, however it was set."""
+    """A larger vocabulary, for example."""
     small, large = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(40))
     optimizer = MAKERS[name]([large])
     with pytest.raises(ValueError, match=rf"{MOMENTS[name][0]} of shape \(5,\) for a parameter of shape \(40,\)"):
         optimizer.load_state_dict(started(name, [small]).state_dict())
     assert not optimizer.state
-    for path in ("default", "foreach", "reference") if name == "nsf" else ():
-        around = torch.zeros(60)
-        optimizer = MAKERS[name]([large], **PATHS[path])
-        optimizer.state[large].update({"step": torch.zeros(()), **dict.fromkeys(MOMENTS[name], around[:5])})
-        large.grad = torch.ones(40)
-        with pytest.raises((RuntimeError, ValueError)):
-            optimizer.step()
-        assert torch.equal(around[5:], torch.zeros(55))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -148,30 +140,22 @@ def test_options_that_a_state_lacks_are_the_constructors(name):
 @pytest.mark.parametrize("name", MAKERS)
 def test_load_state_dict_hooks_take_part(name):
     """A pre-hook may repair shapes and change moments; a post-hook sees the moments as they will be."""
-    params = parameters(torch.bfloat16)
-    state = copy.deepcopy(started(name, params).state_dict())
-    moment, seen = MOMENTS[name][0], []
-    for values in state["state"].values():
-        values[moment] = values[moment].reshape(-1, 1)
+    q, other = (nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16)) for _ in range(2))
+    state, moment, seen = copy.deepcopy(started(name, [q]).state_dict()), MOMENTS[name][0], []
+    expected = state["state"][0][moment] + 1 / 1024
+    state["state"][0][moment] = state["state"][0][moment].view(-1, 1)
 
     def repair(optimizer, state_dict):
-        state_dict = copy.deepcopy(state_dict)
-        for index, q in enumerate(params):
-            state_dict["state"][index][moment] = state_dict["state"][index][moment].view(q.shape) + 1 / 1024
-        return state_dict
+        values = state_dict["state"][0]
+        return {**state_dict, "state": {0: {**values, moment: values[moment].view(2, 3) + 1 / 1024}}}
 
-    other = copies(params)
-    optimizer = MAKERS[name](other)
+    optimizer = MAKERS[name]([other])
     optimizer.register_load_state_dict_pre_hook(repair)
-    optimizer.register_load_state_dict_post_hook(
-        lambda optimizer: seen.extend(optimizer.state[q][moment].clone() for q in other)
-    )
+    optimizer.register_load_state_dict_post_hook(lambda own: seen.append(own.state[other][moment].clone()))
     optimizer.load_state_dict(state)
-    expected = [
-        values[moment].view(q.shape) + 1 / 1024 for q, values in zip(params, state["state"].values(), strict=True)
-    ]
-    assert identical(seen, expected) and {each.dtype for each in seen} == {each.dtype for each in expected}
-    assert identical([optimizer.state[q][moment] for q in other], expected)
+    for found in (*seen, optimizer.state[other][moment]):
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -223,17 +207,18 @@ def test_a_model_may_change_its_dtype_between_steps(name, path):
 @pytest.mark.parametrize("name", MAKERS)
 def test_nothing_follows_the_default_device(name):
     for dtype in (torch.float32, torch.bfloat16):
-        params, plain = parameters(dtype), parameters(dtype)
-        optimizer, reference = MAKERS[name](params), MAKERS[name](plain)
-        for index, device in enumerate(("cpu", "meta", "meta")):
-            for of, some in ((reference, plain), (optimizer, params)):
-                for q, value in zip(some, parameters(dtype), strict=True):
+        results = []
+        for device in ("cpu", "meta"):
+            results.append(parameters(dtype))
+            optimizer = MAKERS[name](results[-1])
+            for index in range(3):
+                for q, value in zip(results[-1], parameters(dtype), strict=True):
                     q.grad = value.detach() * (index + 1)
-                with torch.device(device if of is optimizer else "cpu"):
-                    of.step()
-        assert identical(params, plain)
+                with torch.device(device if index else "cpu"):
+                    optimizer.step()
+        assert identical(*results)
         with torch.device("meta"):
-            again = loaded(name, params, optimizer.state_dict())
+            again = loaded(name, results[-1], optimizer.state_dict())
             if name == "lcam":
                 LossPhase(again).step(1.0)
         for each in (optimizer, again):
@@ -252,17 +237,3 @@ def test_autograd_sees_that_parameters_have_changed(name, path):
                 MAKERS[name]([q], **each, **PATHS[path]).step()
                 with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                     loss.backward()
-
-
-def test_schedulers_own_the_options_they_write():
-    """OneCycleLR writes lr and momentum or betas: the last writer wins, and steps follow."""
-    for cls, group in ((NSF, "betas"), (LCAM, "momentum")):
-        params = parameters()
-        optimizer = cls(params, lr=0.1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=4)
-        seen = []
-        for index in range(3):
-            drive(optimizer, params, index + 1, skip=index)
-            seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0][group]))
-            schedule.step()
-        assert len(set(seen)) == 3

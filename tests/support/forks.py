@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of tests: scripts of this folder, and ranks as forks of one process, which saves them the imports."""
 
+import gc
 import os
 import signal
 import socket
@@ -9,6 +10,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 SUPPORT = Path(__file__).parent
 
@@ -28,6 +31,18 @@ def run_checked(*arguments, **options) -> str:
     done = run_python(*arguments, **options)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-6000:]
     return done.stdout
+
+
+def save_jobs(jobs: list[dict], run_job: Callable, folder: str | Path) -> None:
+    """Make jobs in a rank, and save what it holds at the end of each to `<folder>/<job>-<rank>.pt`."""
+    for job in jobs:
+        torch.save(run_job({**job}, folder), Path(folder, f"{job['name']}-{os.environ.get('RANK', 0)}.pt"))
+        if job.get("fails_on_one_rank"):
+            os._exit(1)  # fork() ends the others
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        gc.collect()  # models in cycles hold DDP's process group, whose threads would abort the process at its end
+        torch.distributed.destroy_process_group()
 
 
 def start(processes: int, function: Callable, *arguments) -> list[int]:

@@ -6,17 +6,16 @@ Called as `fsdp_run.py PLAN FOLDER`, where PLAN is a JSON file with a list of la
 """
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from forks import fork
+from forks import fork, save_jobs
 from tiny_run import SETTINGS
 from torch.distributed.checkpoint import CheckpointException
 from torch.utils.data import Dataset
@@ -83,45 +82,19 @@ class Groups(TrainerCallback):
     on_save = on_train_begin
 
 
-class Said(logging.Handler):
-    """What hf_nsf warns of."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.lines = []
-        logging.getLogger("hf_nsf").addHandler(self)
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
 def run_job(job, folder):
     """Make one training; return what this rank holds."""
     job = {key: value for key, value in job.items() if key != "fails_on_one_rank"}
     name, optimizer, resume = job.pop("name"), job.pop("optimizer"), job.pop("resume", None)
     job.setdefault("per_device_train_batch_size", 8 // int(os.environ.get("WORLD_SIZE", 1)))
-    groups, said = Groups(), Said()
+    groups, said = Groups(), []
     trainer = make_trainer(Path(folder, name), optimizer, callbacks=[groups], **job)
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        with mock.patch("hf_nsf.trainer.callback.logger.warning_once", said.append):
+            trainer.train(resume_from_checkpoint=resume)
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         return {"error": f"{type(error).__name__}: {error}"}
-    finally:
-        logging.getLogger("hf_nsf").removeHandler(said)
-    return {"error": None, "seen": groups.seen, "said": said.lines, **held(trainer)}
-
-
-def run_jobs(jobs, target):
-    """All jobs of a launch, in each rank. A rank whose last job fails ends at once, and fork() ends the others."""
-    torch.set_num_threads(1)
-    for each in jobs:
-        result = run_job(each, target)
-        torch.save(result, Path(target, f"{each['name']}-{os.environ.get('RANK', 0)}.pt"))
-        if each.get("fails_on_one_rank"):
-            os._exit(1)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    return {"error": None, "seen": groups.seen, "said": said, **held(trainer)}
 
 
 if __name__ == "__main__":
@@ -129,7 +102,7 @@ if __name__ == "__main__":
     for number, launch in enumerate(plan):
         (folder / str(number)).mkdir()
         try:
-            fork(launch["processes"], run_jobs, launch["jobs"], folder / str(number))
+            fork(launch["processes"], save_jobs, launch["jobs"], run_job, folder / str(number))
         except SystemExit:
             if not launch["jobs"][-1].get("fails_on_one_rank"):
                 raise

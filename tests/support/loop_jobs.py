@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of examples/accelerate_loop.py, in any launcher's process.
+"""Runs of examples/accelerate_loop.py, in any launcher's process: by a JSON file of jobs and a folder."""
 
-Run as a script with a JSON file of jobs and a folder, each process writes what it holds at the end of a job to
-`<folder>/<job>-<rank>.pt`.
-"""
-
-import gc
 import json
 import os
 import signal
@@ -17,6 +12,7 @@ import accelerate_loop
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from forks import save_jobs
 
 
 class Killed(BaseException):
@@ -72,11 +68,5 @@ def run_job(args, killed_in_save=None, kill_rank=None, first_scale=None):
 
 
 if __name__ == "__main__":
-    jobs, target = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
-    for job in jobs:
-        name = job.pop("name")
-        torch.save(run_job(**job), Path(target, f"{name}-{os.environ.get('RANK', 0)}.pt"))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        gc.collect()  # models in cycles hold DDP's process group, whose threads would abort the process at its end
-        torch.distributed.destroy_process_group()
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    save_jobs(jobs, lambda job, _: run_job(**{k: v for k, v in job.items() if k != "name"}), sys.argv[2])

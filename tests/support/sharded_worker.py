@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharded and whole parameters stepped side by side, on as many ranks as asked for.
 
-With --half_a_run they make half of a training, the second half if the folder given holds the first.
+With several numbers of ranks, each also goes on with the checkpoints of those before it.
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,50 +37,27 @@ def assert_equal(sharded, plain, what: str, bound: float = 1e-6) -> None:
         assert error <= bound, f"{what}: tensor {i} differs by {error:.2e}"
 
 
-def collectives_of(optimizer) -> int:
-    """Step; return the number of collectives made in it, torch's own for DTensors included."""
+def step_counted(optimizer, mesh, partial_sums: int) -> None:
+    """Step; NSF makes one collective per mesh dimension for all norms, and as few as possible for partial gradients.
+
+    LCAM's step is that of torch's SGD.
+    """
     with CommDebugMode() as mode:
         optimizer.step()
-    return mode.get_total_counts()
-
-
-@dataclass
-class Case:
-    """An optimizer, the one of torch that it is held against, and the collectives that it may make beside that one's.
-
-    For NSF torch's is AdamW, and NSF may make fewer; for LCAM it is SGD, which makes exactly as many.
-    """
-
-    make: Callable
-    of_torch: Callable
-    norms: int = 0  # collectives per mesh dimension
-    exactly: bool = False
-    dtype: torch.dtype = torch.float32
-
-    def check(self, made: int, by_torch: int, mesh, partial_sums: int, ours) -> None:
-        """NSF sums partial gradients itself, in as few collectives as possible, and norms unless p = 1/2."""
-        norms = self.norms if self.norms and ours.last_p != 0.5 else 0
-        own = by_torch if self.exactly else partial_sums + norms * mesh.ndim
-        assert made == own, f"{made} collectives in a step, expected {own}"
-        assert self.exactly or partial_sums <= by_torch, f"{partial_sums} for gradients, torch makes {by_torch}"
-
-
-def adamw(params):
-    return torch.optim.AdamW(params, lr=1e-2)
-
-
-def sgd(params):
-    return torch.optim.SGD(params, lr=1e-2, momentum=0.95, weight_decay=0.01)
+    if isinstance(optimizer, NSF):
+        norms = mesh.ndim if optimizer.param_groups[0]["grafting"] == "adam" and optimizer.last_p != 0.5 else 0
+        made = mode.get_total_counts()
+        assert made == partial_sums + norms, f"{made} collectives in a step, expected {partial_sums} + {norms}"
 
 
 CASES = {
-    "nsf": Case(lambda q: NSF(q, lr=1e-2, p_min=-0.25, cycle_steps=7, cycle_shape="sawtooth"), adamw, norms=1),
-    "nsf none": Case(lambda q: NSF(q, lr=1e-2, p=0.25, grafting="none"), adamw),
-    "nsf bfloat16": Case(lambda q: NSF(q, lr=1e-2, p=-0.25), adamw, norms=1, dtype=torch.bfloat16),
-    "lcam": Case(lambda q: LCAM(q, lr=1e-2, weight_decay=0.01), sgd, exactly=True),
-    "nsf adamw": Case(lambda q: NSF(q, lr=1e-2, p=0.5), adamw),
-    "nsf lists": Case(lambda q: NSF(q, lr=1e-2, p=0.0, foreach=True), adamw, norms=1),
-    "nsf reference": Case(lambda q: NSF(q, lr=1e-2, p=-0.5, foreach=False), adamw, norms=1),
+    "nsf": lambda q: NSF(q, lr=1e-2, p_min=-0.25, cycle_steps=7, cycle_shape="sawtooth"),
+    "nsf none": lambda q: NSF(q, lr=1e-2, p=0.25, grafting="none"),
+    "nsf bfloat16": lambda q: NSF(q, lr=1e-2, p=-0.25),
+    "lcam": lambda q: LCAM(q, lr=1e-2, weight_decay=0.01),
+    "nsf adamw": lambda q: NSF(q, lr=1e-2, p=0.5),
+    "nsf lists": lambda q: NSF(q, lr=1e-2, p=0.0, foreach=True),
+    "nsf reference": lambda q: NSF(q, lr=1e-2, p=-0.5, foreach=False),
 }
 # A different placement for each of the SHAPES: every mix of shards and replicas that fits the mesh; None is plain.
 PLACEMENTS = {
@@ -90,7 +65,6 @@ PLACEMENTS = {
     2: [[Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(0), Replicate()], [Shard(0), Shard(0)], None],
 }
 # How the gradients arrive at every second step: to be added over ranks, but for the third, which takes a maximum.
-# (torch's AdamW takes no partial gradient of the second, which has fewer rows than there are shards.)
 PARTIAL = {
     1: [[Partial()], [Shard(0)], [Partial("max")], [Partial()], None],
     2: [[Partial(), Partial()], [Replicate(), Shard(0)], [Shard(0), Partial("max")], [Partial(), Partial()], None],
@@ -118,37 +92,35 @@ def values(optimizer, params) -> list[torch.Tensor]:
     return [whole(q.detach()).double() + (0 if comp is None else whole(comp).double()) for q, comp in pairs]
 
 
-def lockstep(mesh, case: Case) -> None:
+def lockstep(mesh, make, dtype: torch.dtype) -> None:
     """The same random gradients for sharded, replicated and plain parameters and for whole ones."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape):
-        return torch.randn(shape, generator=generator).to(case.dtype)
+        return torch.randn(shape, generator=generator).to(dtype)
 
     plain = [nn.Parameter(draw(shape)) for shape in SHAPES]
-    mixed, same = (
-        [nn.Parameter(distribute(v.detach(), mesh, p)) for v, p in zip(plain, PLACEMENTS[mesh.ndim], strict=True)]
-        for _ in range(2)
-    )
-    ours, of_torch, reference = case.make(mixed), case.of_torch(same), case.make(plain)
+    mixed = [nn.Parameter(distribute(v.detach(), mesh, p)) for v, p in zip(plain, PLACEMENTS[mesh.ndim], strict=True)]
+    ours, reference = make(mixed), make(plain)
     for step in range(STEPS):
         arrive = (PARTIAL if step % 2 else PLACEMENTS)[mesh.ndim]
-        missing = 2 if step % 4 == 3 else None  # now and then one has no gradient
-        for i, (a, b, c) in enumerate(zip(mixed, same, plain, strict=True)):
-            g = draw(c.shape)
-            a.grad = b.grad = distribute(g, mesh, arrive[i]) if i != missing else None
-            c.grad = g if i != missing else None
+        missing = 2 if step % 4 == 3 or step == 0 else None  # now and then one has no gradient
+        for i, (a, b) in enumerate(zip(mixed, plain, strict=True)):
+            g = draw(b.shape)
+            a.grad = distribute(g, mesh, arrive[i]) if i != missing else None
+            b.grad = g if i != missing else None
         versions = [q._version for q in mixed]
-        if step < COUNTED and case.dtype == torch.float32:
+        if step < COUNTED and dtype == torch.float32:
             # One for all sums of a mesh dimension, and one for the maximum, which is left to torch.
             partial_sums = mesh.ndim + (missing is None) if step % 2 else 0
-            case.check(collectives_of(ours), collectives_of(of_torch), mesh, partial_sums, ours)
+            step_counted(ours, mesh, partial_sums)
         else:
             ours.step()
+        assert step or len(ours.state) == len(mixed) - 1, "a state for a parameter without a gradient"
         if step >= COUNTED:  # under CommDebugMode torch's lists change no version
             assert all(q._version > v for i, (q, v) in enumerate(zip(mixed, versions, strict=True)) if i != missing)
         reference.step()
-    bound = 1e-6 if case.dtype == torch.float32 else 1e-4
+    bound = 1e-6 if dtype == torch.float32 else 1e-4
     assert_equal(values(ours, mixed), values(reference, plain), f"lockstep on {mesh.ndim} dimensions", bound)
 
 
@@ -166,7 +138,7 @@ class Block(nn.Module):
         return self.last(self.down(torch.tanh(self.up(self.norm(x)))))
 
 
-def tensor_parallel(mesh, case: Case) -> None:
+def tensor_parallel(mesh, make) -> None:
     """Training a block whose sequence and matrices are sharded is training the whole one.
 
     The norms' gradients are partial sums: each rank has those of its part of the sequence.
@@ -178,12 +150,8 @@ def tensor_parallel(mesh, case: Case) -> None:
         "down": RowwiseParallel(output_layouts=Shard(1)),
         "last": SequenceParallel(use_local_output=True),
     }
-    plain, model, same = Block(), *(parallelize_module(Block(), mesh, plan) for _ in range(2))
-    reference, ours, of_torch = (
-        case.make(plain.parameters()),
-        case.make(model.parameters()),
-        case.of_torch(same.parameters()),
-    )
+    plain, model = Block(), parallelize_module(Block(), mesh, plan)
+    reference, ours = make(plain.parameters()), make(model.parameters())
 
     def backward(block, x, y) -> None:
         block.zero_grad()
@@ -199,8 +167,7 @@ def tensor_parallel(mesh, case: Case) -> None:
             ours.step()
             continue
         assert sum(q.grad.placements == (Partial(),) for q in model.parameters()) >= 4, "no partial gradients"
-        backward(same, x[:, mine], y[:, mine])
-        case.check(collectives_of(ours), collectives_of(of_torch), mesh, partial_sums=1, ours=ours)
+        step_counted(ours, mesh, partial_sums=1)
     assert_equal(model.parameters(), plain.parameters(), "tensor parallelism")
 
 
@@ -246,26 +213,6 @@ def resume(mesh, make, folder):
     return model, optimizer
 
 
-def fsdp2(mesh, make) -> None:
-    """Training under fully_shard is the training of the whole model; its DCP checkpoint goes on bit for bit."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    plain, model = build_model(), shard_model(mesh)
-    reference, ours = make(plain.parameters()), make(model.parameters())
-    train(plain, reference, range(STEPS), 0, 1)
-    train(model, ours, range(STEPS // 2), rank, world)
-
-    folder = [tempfile.mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folder)
-    save(everything(model, ours), checkpoint_id=folder[0])
-    train(model, ours, range(STEPS // 2, STEPS), rank, world)
-    assert_equal(model.parameters(), plain.parameters(), "fully_shard")
-
-    other, resumed = resume(mesh, make, folder[0])
-    train(other, resumed, range(STEPS // 2, STEPS), rank, world)
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(whole(a), whole(b)), "a run resumed from a DCP checkpoint differs"
-
-
 def whole_tensors(model, optimizer) -> list[torch.Tensor]:
     """Weights and state, whole, in the order of their names."""
     kept = everything(model, optimizer)
@@ -273,33 +220,31 @@ def whole_tensors(model, optimizer) -> list[torch.Tensor]:
     return [whole(value).clone() for value in [*kept["model"].values(), *states]]
 
 
-def half_a_run(mesh, make, folder: Path) -> None:
-    """The first half of a training, or the second if another number of ranks has made the first."""
+def fsdp2(mesh, make, folder: Path) -> None:
+    """Training under fully_shard is the training of the whole model; its DCP checkpoint goes on bit for bit."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    is_first = not folder.exists()
-    dist.barrier()  # nobody makes the folder before all have looked
-    if is_first:
-        model = shard_model(mesh)
-        ours = make(model.parameters())
-        train(model, ours, range(STEPS // 2), rank, world)
-        save(everything(model, ours), checkpoint_id=folder)
-        kept = whole_tensors(model, ours)
-        if rank == 0:
-            torch.save({"world": world, "tensors": kept}, folder / "whole.pt")
-        return
-    kept = torch.load(folder / "whole.pt")
-    assert kept["world"] != world
-    model, ours = resume(mesh, make, folder)
-    loaded = whole_tensors(model, ours)
-    assert len(loaded) > len(list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(loaded, kept["tensors"], strict=True)), "loaded tensors differ"
-    train(model, ours, range(STEPS // 2, STEPS), rank, world)
-    plain = build_model()
+    plain, model, own = build_model(), shard_model(mesh), folder / str(world)
+    ours, rest = make(model.parameters()), range(STEPS // 2, STEPS)
     train(plain, make(plain.parameters()), range(STEPS), 0, 1)
-    assert_equal(model.parameters(), plain.parameters(), "another number of ranks")
+    train(model, ours, range(STEPS // 2), rank, world)
+    save(everything(model, ours), checkpoint_id=own)
+    kept = whole_tensors(model, ours)
+    if rank == 0:
+        torch.save(kept, own / "whole.pt")
+    train(model, ours, rest, rank, world)
+    assert_equal(model.parameters(), plain.parameters(), "fully_shard")
+    dist.barrier()
+    for made in sorted(folder.iterdir()):
+        other, resumed = resume(mesh, make, made)
+        loaded, kept = whole_tensors(other, resumed), torch.load(made / "whole.pt")
+        assert len(loaded) > len(list(other.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(loaded, kept, strict=True)), "loaded tensors differ"
+        train(other, resumed, rest, rank, world)
+        exact, bound = (model, 0.0) if made == own else (plain, 1e-6)
+        assert_equal(other.parameters(), map(whole, exact.parameters()), f"begun on {made.name} ranks", bound)
 
 
-def work(names: list[str], halves: Path | None) -> None:
+def work(names: list[str], folder: Path) -> None:
     """What each rank does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -307,15 +252,12 @@ def work(names: list[str], halves: Path | None) -> None:
     line = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
     meshes = [line] + ([init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))] if world == 4 else [])
     for name in names:
-        case = CASES[name]
-        if halves:
-            half_a_run(line, case.make, halves / name)
-        else:
-            for mesh in meshes:
-                lockstep(mesh, case)
-            if case.dtype == torch.float32:
-                tensor_parallel(line, case)
-                fsdp2(line, case.make)
+        dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+        for mesh in meshes:
+            lockstep(mesh, CASES[name], dtype)
+        if dtype == torch.float32:
+            tensor_parallel(line, CASES[name])
+            fsdp2(line, CASES[name], folder / name)
         if dist.get_rank() == 0:
             print("passed:", name, flush=True)
     dist.barrier()
@@ -326,7 +268,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("processes", type=int, nargs="+", help="Numbers of ranks, one after the other.")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--half_a_run", type=Path, help="Folder of a run made by two numbers of ranks in turn.")
     arguments = parser.parse_args()
-    for number in arguments.processes:
-        fork(number, work, arguments.cases, arguments.half_a_run)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in arguments.processes:
+            fork(number, work, arguments.cases, Path(folder))

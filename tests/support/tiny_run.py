@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainings described by dicts, so that a process of any launcher can make them.
-
-Run as a script with a JSON file of jobs and a folder, it makes all of them, and each process writes the end of a job to
-`<folder>/<job>-<rank>.pt`.
-"""
+"""Trainings described by dicts, so that a process of any launcher can make them from a JSON file of jobs."""
 
 import contextlib
-import gc
 import json
 import os
 import sys
 from pathlib import Path
 
 import torch
+from forks import save_jobs
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_runs import Counts, Rows, Stream, Watched, held, same  # noqa: F401
 from trainer_runs import make_trainer as make_any
@@ -103,8 +99,8 @@ def _changed(job):
 
 def run_job(job, folder):
     """Make one training; return its end and its events in this process."""
-    job = {**job, **(job.get("on_rank_1", {}) if RANK == 1 else {})}
-    job.pop("on_rank_1", None)
+    others = job.get("on_rank_1", {}) if RANK == 1 else {}
+    job = {key: value for key, value in {**job, **others}.items() if key != "on_rank_1"}
     name, optimizer, resume = job.pop("name"), job.pop("optimizer"), job.pop("resume", None)
     nan_at, dies, collectives = job.pop("nan_at", ()), job.pop("dies_at", None), _Collectives()
     job["data"] = (Stream if job.pop("stream", False) else Rows)(job.pop("size", 96))
@@ -126,10 +122,4 @@ def run_job(job, folder):
 
 
 if __name__ == "__main__":
-    jobs, target = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
-    for each in jobs:
-        torch.save(run_job(each, target), Path(target, f"{each['name']}-{RANK}.pt"))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        gc.collect()  # models in cycles hold DDP's process group, whose threads would abort the process at its end
-        torch.distributed.destroy_process_group()
+    save_jobs(json.loads(Path(sys.argv[1]).read_text()), run_job, sys.argv[2])

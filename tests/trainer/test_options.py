@@ -16,11 +16,9 @@ GOOD = [
     ("nsf", "p=-2.5e-1,foreach=false", {"p": -0.25, "foreach": False}),
     ("nsf", "p_min=-0.25,p_max=+0.5,cycles=8,cycle_shape=square,grafting=none",
      {"p_min": -0.25, "p_max": 0.5, "cycles": 8.0, "cycle_shape": "square", "grafting": "none"}),
-    ("nsf", "cycle_steps=50.", {"cycle_steps": 50.0}),
     ("nsf", "kahan_sum=false,fused=false", {"kahan_sum": False, "fused": False}),
     ("nsf", "p=None,p_min=null,p_max=0.75", {"p_max": 0.75}),
     ("lcam", "nesterov=None,foreach=NULL", {}),
-    ("nsf", "grafting=None", {}),
 ]  # fmt: skip
 
 BAD = [
@@ -50,15 +48,12 @@ BAD = [
     # Types.
     ("nsf", "p=abc", ["p=abc", "finite number"]),
     ("nsf", "p=nan", ["p=nan", "finite number"]),
-    ("nsf", "p_max=inf", ["p_max=inf", "finite number"]),
     ("nsf", "p_max=1e999", ["p_max=1e999", "finite number"]),
     ("nsf", "cycles=1_0", ["cycles=1_0", "finite number"]),
     ("nsf", "cycles=１", ["cycles=１", "finite number"]),
-    ("nsf", "cycles=0x10", ["cycles=0x10", "finite number"]),
     ("nsf", "p=none", ["p=none", "finite number"]),
     ("nsf", "cycles=true", ["cycles=true", "finite number"]),
     ("lcam", "nesterov=yes", ["nesterov=yes", "true or false"]),
-    ("nsf", "kahan_sum=1", ["kahan_sum=1", "true or false"]),
     # Ranges and combinations, checked by the constructors.
     ("lcam", "low_loss_momentum=1.0", ["low_loss_momentum=1.0", "[0, 1)"]),
     ("lcam", "foreach=true,fused=true", ["foreach", "fused"]),

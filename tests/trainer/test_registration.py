@@ -11,9 +11,7 @@ import sys
 
 import pytest
 import torch
-import transformers
 import yaml
-from packaging.version import Version
 from trainer_runs import check_rule, make_trainer
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers import trainer as host_trainer
@@ -23,7 +21,7 @@ import hf_nsf
 
 
 @pytest.mark.parametrize("name", ["lcam", "nsf"])
-def test_the_name_is_a_real_member_in_code_command_line_json_and_yaml(name, tmp_path, capsys):
+def test_the_name_is_a_real_member_in_code_command_line_json_and_yaml(name, tmp_path):
     member = OptimizerNames(name)
     assert member is getattr(OptimizerNames, name.upper()) is OptimizerNames[name.upper()]
     assert member in list(OptimizerNames) and (sys.version_info < (3, 12) or name in OptimizerNames)
@@ -41,10 +39,6 @@ def test_the_name_is_a_real_member_in_code_command_line_json_and_yaml(name, tmp_
     assert [args.optim for args in [*parsed, copy.deepcopy(parsed[0])]] == [member] * 5
     assert json.loads(parsed[0].to_json_string())["optim"] == name
     assert name in parser.format_usage().split("--optim {")[1].split("}")[0].split(",")
-    if Version(transformers.__version__) >= Version("5.3"):  # 5.2.0 fails to print its own help
-        with pytest.raises(SystemExit):
-            parser.parse_args(["--help"])
-        assert name in capsys.readouterr().out
 
 
 # In a process of its own, which has not imported hf_nsf and reloads transformers' modules.
@@ -66,8 +60,12 @@ registered = found()
 assert registered != before
 hf_nsf.unregister()
 assert found() == before
-hf_nsf.register(), hf_nsf.register()
-assert [set(each[0]) for each in found()[:3]] == [set(each[0]) for each in registered[:3]]
+hf_nsf.register()
+again = found()
+assert [set(each[0]) for each in again[:3]] == [set(each[0]) for each in registered[:3]]
+hf_nsf.register()
+importlib.reload(hf_nsf)
+assert found() == again and [c.__name__ for c in host.DEFAULT_CALLBACKS].count("PhaseCallback") == 1
 hf_nsf.unregister(), hf_nsf.unregister()
 assert found() == before
 hf_nsf.register()
@@ -88,15 +86,6 @@ def test_unregister_restores_all_and_reloads_register_again(tmp_path):
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "training_args.bin"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_register_and_reload_of_hf_nsf_change_nothing():
-    training_step, train = Trainer.training_step, Trainer.train
-    hf_nsf.register()
-    importlib.reload(hf_nsf)
-    assert Trainer.training_step is training_step and Trainer.train is train and not hasattr(train, "__wrapped__")
-    assert [c.__name__ for c in host_trainer.DEFAULT_CALLBACKS].count("PhaseCallback") == 1
-    assert [member.value for member in OptimizerNames].count("nsf") == 1
 
 
 def test_public_names_are_loaded_on_access():

@@ -2,8 +2,6 @@
 """Checkpoints: resumed runs equal uninterrupted ones, epochs are the Trainer's, other optimizers' are refused."""
 
 import json
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from trainer_runs import (
     HIGH,
     LOW,
     Averages,
-    Rows,
     Stream,
     by_the_rule,
     held,
@@ -132,34 +129,3 @@ def test_a_checkpoint_of_another_optimizer_is_refused(optimizer, other, tmp_path
         with pytest.raises(ValueError, match="was saved by another optimizer") as error:
             trainer.train(resume_from_checkpoint=resume)
         assert trainer.state.global_step in (0, 2) and "\n" not in str(error.value)
-
-
-class Planted:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("optimizer", ["lcam", "nsf"])
-def test_a_resume_executes_no_planted_pickle(optimizer, tmp_path):
-    make_trainer(tmp_path / "a", optimizer, **SAVE, max_steps=2).train()
-    folder = tmp_path / "a" / "checkpoint-2" / "optimizer_0"
-    folder.mkdir()
-    (folder / ".metadata").write_bytes(pickle.dumps(Planted(tmp_path / "executed")))
-    for checkpoint in (str(folder.parent), True):
-        resumed = make_trainer(tmp_path / "a", optimizer, max_steps=4)
-        resumed.train(resume_from_checkpoint=checkpoint)
-    assert resumed.state.global_step == 4 and not (tmp_path / "executed").exists()
-
-
-def test_adamws_checkpoint_of_torchs_old_file_format_is_resumed(tmp_path):
-    make_trainer(tmp_path / "a", "adamw", **SAVE, max_steps=2).train()
-    path = tmp_path / "a" / "checkpoint-2" / "optimizer.pt"
-    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
-    resumed = make_trainer(tmp_path / "b", "adamw", data=Rows(), max_steps=4)
-    resumed.train(resume_from_checkpoint=str(path.parent))
-    assert resumed.state.global_step == 4
