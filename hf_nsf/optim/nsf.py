@@ -34,7 +34,8 @@ class NSF(Optimizer):
     decoupled. Then
 
     * `grafting="none"`, the formula of arXiv 2509.04713: `theta <- theta - eta m_hat / (v_hat^p + eps)`. The length of
-      its step changes by orders of magnitude with p, so that each p needs a learning rate of its own.
+      its step changes by orders of magnitude with p, so that each p needs a learning rate of its own, and a training
+      should end at the lowest p, as with `cycles=3.5`.
     * `grafting="adam"`, our deviation and the default: with `d = sqrt(v_hat) + eps`, `a = m_hat / d` and
       `u = a d^(1-2p)`, `theta <- theta - eta u ||a|| / ||u||` for each parameter tensor: NSF's direction with the
       length of Adam's step (layer-wise grafting, arXiv 2002.11803), so that a learning rate that suits AdamW suits all
