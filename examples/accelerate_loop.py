@@ -141,7 +141,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         train_loader.set_epoch(epoch)
         if phase is not None and done == 0:
             phase.start_epoch()
-        loader = iter(skip_first_batches(train_loader, done))
+        # accelerate 1.7 cannot skip all batches.
+        loader = iter(skip_first_batches(train_loader, done) if done < len(train_loader) else ())
         while batches := list(itertools.islice(loader, accumulation)):  # those of one update
             losses = []
             for batch in batches:
