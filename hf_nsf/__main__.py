@@ -27,16 +27,10 @@ Child Python processes have them, too, so tools that train in child processes ne
 _SITE = str(Path(__file__).with_name("_site"))
 
 
-def _python_options(count: int) -> list[str]:
-    """Return the options of this process's Python, which precede `-m hf_nsf` and its `count` arguments."""
-    options = sys.orig_argv[1 : len(sys.orig_argv) - count]
-    text = options.pop() if options else ""
-    if text == "hf_nsf":
-        text = (options.pop() if options else "") + text
-    if not text.endswith("mhf_nsf"):
-        return []  # not started by -m
-    letters = text.removesuffix("mhf_nsf")  # "-", or "-u" from -um hf_nsf
-    return [*options, letters] if letters != "-" else options
+def _python() -> list[str]:
+    """This Python with the options it was given, which precede `-m hf_nsf`."""
+    unbuffered = ["-u"] if getattr(sys.stdout, "write_through", False) else []  # as torchrun starts its processes
+    return [sys.executable, *subprocess._args_from_interpreter_flags(), *unbuffered]  # type: ignore[attr-defined]
 
 
 def _is_for_python(name: str) -> bool:
@@ -59,9 +53,9 @@ def _command(arguments: list[str], environment: dict[str, str]) -> list[str]:
         raise ValueError(f"there is no script after {ranks[0]}.")
     name, *rest = rest
     if name == "-m" and rest:
-        return [sys.executable, *_python_options(len(arguments)), "-m", rest[0], *ranks, *rest[1:]]
+        return [*_python(), "-m", rest[0], *ranks, *rest[1:]]
     if _is_for_python(name):
-        return [sys.executable, *_python_options(len(arguments)), name, *ranks, *rest]
+        return [*_python(), name, *ranks, *rest]
     if name.startswith("-"):
         raise ValueError(f"there is no option {name}; the script comes first.")
     # A command of this environment, even if it is not activated, before those of the system.

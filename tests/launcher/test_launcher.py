@@ -53,7 +53,8 @@ import json, os, pickle, sys
 class Own: pass
 names = {name: repr(value) for name, value in globals().items() if name not in ("__loader__", "__builtins__", "Own")}
 own = type(pickle.loads(pickle.dumps(Own()))) is sys.modules["__main__"].Own
-print(json.dumps([sys.argv, sys.path, names, own, sys.flags.optimize, sys.stdin.read(), os.environ.get("GIVEN")]))
+print(json.dumps([sys.argv, sys.path, names, own, sys.stdin.read(), os.environ.get("GIVEN")]))
+print(sys.flags, sys.warnoptions, sys._xoptions, sys.stdout.write_through)
 if "fail" in sys.argv:
     1 / 0
 """
@@ -63,9 +64,9 @@ def test_a_script_runs_as_python_runs_it(tmp_path):
     """With options of Python's own, a PYTHONPATH and a failure, all is the same to the last line of the traceback."""
     Path(tmp_path, "there").mkdir()
     Path(tmp_path, "there", "probe.py").write_text(PROBE)
-    found = []
+    options, found = ["-O", "-u", "-W", "error::FutureWarning", "-X", "dev"], []
     for through in ([], ["-m", "hf_nsf"]):
-        command = ["-O", "-u", *through, "there/probe.py", "fail", "-m", "--help"]
+        command = [*options, *through, "there/probe.py", "fail", "-m", "--help"]
         result = run(*command, cwd=tmp_path, status=1, PYTHONPATH=f"{tmp_path}{os.pathsep}", GIVEN="one")
         found.append((result.stdout, result.stderr[result.stderr.find("Traceback") :]))
     assert found[0] == found[1]
@@ -73,7 +74,7 @@ def test_a_script_runs_as_python_runs_it(tmp_path):
 
 
 def test_commands(monkeypatch, tmp_path):
-    """What replaces the process, with Python's own options, its PYTHONPATH and its PATH."""
+    """What replaces the process, its PYTHONPATH and its PATH."""
     with zipfile.ZipFile(tmp_path / "tool.zip", "w") as archive:
         archive.writestr("__main__.py", PROBE)
     Path(tmp_path, "__main__.py").write_text(PROBE)
@@ -81,24 +82,22 @@ def test_commands(monkeypatch, tmp_path):
     for name, first in (("train.sh", "#!/bin/sh"), ("train", "#!/usr/bin/env python3"), ("accelerate", "#!/bin/sh")):
         Path(tmp_path, name).write_text(first)
         Path(tmp_path, name).chmod(0o755)
-    shell, train, python = f"{folder}/train.sh", f"{folder}/train", sys.executable
+    shell, train, python = f"{folder}/train.sh", f"{folder}/train", launcher._python()
     rank = "--local_rank=1"
     seen = []
     monkeypatch.setattr(os, "execve", lambda path, command, environment: seen.append((path, command, environment)))
-    for start, arguments, expected in [
-        (["-m", "hf_nsf"], ["-m", "tool", "-m", "x"], [python, "-m", "tool", "-m", "x"]),
-        (["-mhf_nsf"], [folder], [python, folder]),
-        (["-X", "dev", "-um", "hf_nsf"], [zipped], [python, "-X", "dev", "-u", zipped]),
-        (["hf_nsf/__main__.py"], [SCRIPT, "-h"], [python, SCRIPT, "-h"]),
-        (["-m", "hf_nsf"], ["sh", "x.sh"], [shutil.which("sh"), "x.sh"]),
-        (["-m", "hf_nsf"], [shell, "x"], [shell, "x"]),
-        (["-m", "hf_nsf"], [train, "x"], [python, train, "x"]),
+    for arguments, expected in [
+        (["-m", "tool", "-m", "x"], [*python, "-m", "tool", "-m", "x"]),
+        ([folder], [*python, folder]),
+        ([zipped], [*python, zipped]),
+        (["sh", "x.sh"], [shutil.which("sh"), "x.sh"]),
+        ([shell, "x"], [shell, "x"]),
+        ([train, "x"], [*python, train, "x"]),
         # deepspeed --module, torch.distributed.launch --module
-        (["-u", "-m", "hf_nsf"], [rank, SCRIPT, "-h"], [python, "-u", SCRIPT, rank, "-h"]),
-        (["-m", "hf_nsf"], ["--local-rank=0", "-m", "tool", "x"], [python, "-m", "tool", "--local-rank=0", "x"]),
-        (["-m", "hf_nsf"], [rank, shell], [shell, rank]),
+        ([rank, SCRIPT, "-h"], [*python, SCRIPT, rank, "-h"]),
+        (["--local-rank=0", "-m", "tool", "x"], [*python, "-m", "tool", "--local-rank=0", "x"]),
+        ([rank, shell], [shell, rank]),
     ]:
-        monkeypatch.setattr(sys, "orig_argv", ["python", *start, *arguments])
         both = os.pathsep.join([SITE, "a"])
         for given, path in [("", SITE), ("a", both), (both, both)]:
             monkeypatch.setenv("PYTHONPATH", given)
