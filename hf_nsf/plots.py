@@ -18,8 +18,6 @@ try:
     import numpy as np
     from matplotlib import rc_context
     from matplotlib.axes import Axes
-    from matplotlib.collections import QuadMesh
-    from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure, FigureBase
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -38,7 +36,6 @@ _STYLE: Any = {
 }  # fmt: skip
 _NAMES = {"loss": "training loss", "nsf_p": "exponent p", "lcam_momentum": "momentum", "learning_rate": "learning rate"}
 _NO_METRICS = ("runtime", "_per_second", "_time")  # endings of other names that start with eval_
-_POINTS = 1000  # of a curve: longer ones are averaged to so many
 Series = dict[float, float]  # values by step
 
 
@@ -180,15 +177,6 @@ def metrics(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda name: (name != "loss", name != "eval_loss"))
 
 
-def _condense(values: Any) -> Any:
-    """Means over the last axis in at most `_POINTS` parts of equal length; gaps count only where they fill a part."""
-    starts = np.arange(0, values.shape[-1], math.ceil(values.shape[-1] / _POINTS))
-    known = ~np.isnan(values)
-    totals = np.add.reduceat(np.where(known, values, 0.0), starts, axis=-1)
-    counts = np.add.reduceat(known.astype(float), starts, axis=-1)
-    return np.where(counts > 0, totals / np.maximum(counts, 1), np.nan)
-
-
 def _moving_mean(values: Any, width: int) -> Any:
     """Centred means over `width` values, over fewer at the ends; gaps stay gaps and spread no further."""
     known = ~np.isnan(values)
@@ -196,27 +184,12 @@ def _moving_mean(values: Any, width: int) -> Any:
     return np.where(known, total / np.maximum(count, 1), np.nan)
 
 
-def _is_traced(steps: Any, values: Any, period: float | None) -> bool:
-    """Whether p was logged eight times or more in each cycle, so that a line through its values is no false cycle.
-
-    If the period is unknown, each update must have been logged: points further apart may lie on many cycles.
-    """
-    gap = np.median(np.diff(steps))
-    if period is not None:
-        return bool(8 * gap <= period)
-    moves = np.sign(np.diff(values))
-    return bool(gap <= 1 and np.count_nonzero(np.diff(moves[moves != 0])) <= len(steps) / 4)
-
-
-def draw(axis: Axes, key: str, runs: list[Series], index: int, period: float | None = None) -> None:
-    """Draw the runs of one configuration into a panel: one run, or the mean of several with its standard error.
-
-    The period of p, if it is known, is in updates.
-    """
+def draw(axis: Axes, key: str, runs: list[Series], index: int) -> None:
+    """Draw the runs of one configuration into a panel: one run, or the mean of several with its standard error."""
     common = sorted(set.intersection(*map(set, runs))) if runs else []
     if not common:
         for run in runs if len(runs) > 1 else ():  # logged at different steps
-            draw(axis, key, [run], index, period)
+            draw(axis, key, [run], index)
         return
     style = look(index)
     colour, control = style["color"], key in _NAMES
@@ -224,12 +197,8 @@ def draw(axis: Axes, key: str, runs: list[Series], index: int, period: float | N
     drawstyle: Any = "default"
     if key in ("loss", "lcam_momentum") and len(common) > 80:
         if key == "loss" and len(runs) == 1:
-            starts = np.arange(0, len(common), math.ceil(len(common) / _POINTS))
-            extremes = [np.fmin.reduceat(table[0], starts), np.fmax.reduceat(table[0], starts)]
-            noise = np.ravel(extremes, "F") if len(starts) < len(common) else table[0]
-            axis.plot(np.linspace(steps[0], steps[-1], len(noise)), noise, color=colour, lw=0.6, alpha=0.2, zorder=1)
-        steps, table = _condense(steps), _condense(table)
-        width = len(steps) // 40 | 1
+            axis.plot(steps, table[0], color=colour, lw=0.6, alpha=0.2, zorder=1)
+        width = min(len(steps) // 40, 1000) | 1  # limited, so that the time is linear in the length
         table = np.array([_moving_mean(_moving_mean(row, width), width) for row in table])
         axis.set_ylabel(f"{_NAMES[key]}\n(moving mean)")
     elif key == "lcam_momentum":
@@ -237,7 +206,7 @@ def draw(axis: Axes, key: str, runs: list[Series], index: int, period: float | N
     mean, every = table.mean(axis=0), math.ceil(len(steps) / 12)
     places: Any = (index % every, every)
     style["markevery"] = [] if control and index < 12 else places
-    if key == "nsf_p" and len(steps) > 1 and not _is_traced(steps, mean, period):
+    if key == "nsf_p":  # points alone: lines between points of different cycles would show a cycle that is none
         style |= {"ls": "none", "marker": style["marker"] if len(steps) < 100 else ".", "ms": 3, "markevery": None}
     axis.plot(steps, mean, zorder=3, drawstyle=drawstyle, **style)
     if len(runs) > 1:
@@ -266,17 +235,15 @@ def _shade(axis: Axes, phases: list[tuple[int, Series]]) -> None:
     """Shade the steps taken in a phase of low loss: the whole panel for one run, a strip for each of several."""
     low, high = axis.get_ylim()
     several, height = len(phases) > 1, min(0.08, 0.6 / len(phases))
-    if several:
-        axis.set_ylim(high - (high - low) / (1 - height * len(phases)), high)
     for row, (index, run) in enumerate(phases):
-        bottom, top = (height * (row + 1 / 8), height * (row + 7 / 8)) if several else (0.0, 1.0)
-        steps, share = (_condense(np.array(column)) for column in zip(*sorted(run.items()), strict=True))
+        place = (height * (row + 1 / 8), height * 3 / 4) if several else (0.0, 1.0)
+        steps, phase = (np.array(column) for column in zip(*sorted(run.items()), strict=True))
         edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])
-        corners = np.stack(np.meshgrid(edges, [bottom, top]), axis=-1)
-        colours = np.tile(to_rgba(_COLOURS[index % 12] if several else "0.5"), (len(share), 1))
-        colours[:, 3] = 0.35 * np.clip(np.nan_to_num(share), 0, 1)
-        mesh = QuadMesh(corners, antialiased=False, facecolors=colours, transform=axis.get_xaxis_transform())
-        axis.add_collection(mesh, autolim=False)
+        spans = edges[np.flatnonzero(np.diff(phase == 1, prepend=False, append=False))].reshape(-1, 2)
+        look: Any = {"color": _COLOURS[index % 12] if several else "0.5", "alpha": 0.35, "lw": 0, "snap": False}
+        ranges = [(start, end - start) for start, end in spans.tolist()]
+        axis.broken_barh(ranges, place, transform=axis.get_xaxis_transform(), **look)
+    axis.set_ylim(high - (high - low) / (1 - height * len(phases)) if several else low, high)
 
 
 def _states(folder: Path) -> list[Path]:
