@@ -205,7 +205,7 @@ def draw(axis: Axes, key: str, runs: list[Series], index: int) -> None:
         drawstyle = "steps-mid"
     mean, every = table.mean(axis=0), math.ceil(len(steps) / 12)
     places: Any = (index % every, every)
-    style["markevery"] = [] if control and index < 12 else places
+    style["markevery"] = [] if control and index < 12 and len(steps) > 1 else places
     if key == "nsf_p":  # points alone: lines between points of different cycles would show a cycle that is none
         style |= {"ls": "none", "marker": style["marker"] if len(steps) < 100 else ".", "ms": 3, "markevery": None}
     axis.plot(steps, mean, zorder=3, drawstyle=drawstyle, **style)
@@ -216,9 +216,16 @@ def draw(axis: Axes, key: str, runs: list[Series], index: int) -> None:
             axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, lw=0, step=step)
         else:  # a band would not show at a single one
             axis.errorbar(steps, mean, error, color=colour, fmt="none", capsize=2, elinewidth=1, errorevery=places)
+    scale_losses(axis, key)
+
+
+def scale_losses(axis: Axes, name: str) -> None:
+    """Make the axis of a loss logarithmic if its values, all above 0, are far apart, as where a run diverged."""
     low, high = axis.dataLim.intervaly
-    if key.endswith("loss") and low > 0 and high > 100 * low:  # as where a run diverged
+    if name.endswith("loss") and low > 0 and high > 100 * low:
         log_scale(axis.set_yscale, axis.yaxis)
+    elif axis.get_yscale() == "log":  # for the runs drawn so far
+        axis.set_yscale("linear")
 
 
 def log_scale(set_scale: Any, axis: Any, ticks: Sequence[float] | None = None) -> None:
@@ -310,6 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         runs, histories = zip(*(found for name in options.runs for found in _load(name)), strict=True)
         labels = options.labels or _labels(runs)
+        options.output = options.output if options.output.suffix else options.output.with_suffix(".png")
         plot_runs(*histories, labels=labels, learning_rate=options.learning_rate).savefig(options.output)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

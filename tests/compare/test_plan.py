@@ -11,6 +11,7 @@ import yaml
 from stand_in import carry_out, plan_options
 
 from hf_nsf.compare.plan import Plan, Run, fill
+from hf_nsf.compare.report import table
 
 BEST = {"sgd": 0.32, "sgd:momentum=0.9": 0.02}
 
@@ -91,6 +92,18 @@ def test_lost_runs_are_counted_and_left_out_of_means():
     assert found["diverging"] == (2.5e-5, True, 3, 3, None, None)  # the grids grow towards lower rates
 
 
+@pytest.mark.parametrize(("change", "chosen"), [({"failed": "exit code 1"}, 1e-4), ({"diverged": True}, 5e-5)])
+def test_a_failed_run_of_the_search_is_left_out_and_a_diverged_one_is_the_worst(change, chosen):
+    def once(run):
+        return train(run) | (change if run == Run("adamw", 1e-4, 1002) else {})
+
+    plan = carry_out(Plan(plan_options("adamw", search_seeds=3), lambda text: None), once)
+    (row,) = plan.summary()["optimizers"]
+    assert (row["learning_rate"], row["search_failed"]) == (chosen, "failed" in change)
+    remark = "Search of `adamw`" in table(plan.summary()) and " (1 runs failed)" in table(plan.summary())
+    assert remark == ("failed" in change)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -107,6 +120,7 @@ def test_lost_runs_are_counted_and_left_out_of_means():
         ({"diverged": True}, math.nan),
         ({"log_history": [{"eval_f1": 1.0}, {"loss": 1}]},
          "--metric eval_accuracy is not among what it reports: eval_f1"),
+        ({"log_history": [{"loss": 1, "train_runtime": 1.0}], "code": 1}, "exit code 1"),
         ({"log_history": [{}], "all_results": {}}, "--metric eval_accuracy is not among what it reports: nothing"),
         ({"failed": "exit code 1"}, "exit code 1"),
     ],

@@ -119,8 +119,13 @@ def test_noise_is_averaged_and_what_is_not_finite_is_a_gap():
     smooth = data(panels(plot_runs(broken))["training loss"])[1]
     assert [k + 1 for k, value in enumerate(smooth) if math.isnan(value)] == [*range(101, 301), 399]
     assert smooth[:100] == pytest.approx([1] * 100)
-    found = panels(plot_runs(history(), history(loss=lambda k: 10.0 ** (3 * k))))
+    wide = history(loss=lambda k: 10.0 ** (3 * k))
+    found = panels(plot_runs(history(), wide))
     assert (found["training loss"].get_yscale(), found["eval_loss"].get_yscale()) == ("log", "linear")
+    for runs in ([wide, history(shift=-9)], [history(shift=-9), wide]):  # a loss may be below 0
+        assert panels(plot_runs(*runs))["training loss"].get_yscale() == "linear"
+    (point,) = panels(plot_runs([{"step": 500, "loss": 1.0}, {"step": 600, "eval_loss": 1.0}]))["training loss"].lines
+    assert point.get_markevery() == (0, 1)  # a line through one point would not be seen
 
 
 def test_long_logs_take_linear_time():

@@ -55,9 +55,10 @@ def test_chance_is_students_t():
         ([0.0, 0.0], {}, "level with `first` (+0 ± 0)"),
         ([0.5], {}, "+0.5 with one seed: no verdict without more --seeds"),
         ([math.nan, math.nan], {}, "no result: all runs failed or diverged"),
-        ([0.10, math.nan, 0.11, 0.12], {}, "better by 0.11 ± 0.0058 (19.1 standard errors)"),
+        ([0.10, math.nan, 0.11, 0.12], {},
+         "better by 0.11 ± 0.0058 (19.1 standard errors); 1 of 4 runs failed or diverged"),
     ],
-)
+)  # fmt: skip
 def test_verdict(differences, changed, verdict):
     """Differences are taken seed by seed, so that seeds may be as different as they like."""
 

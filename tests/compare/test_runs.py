@@ -48,7 +48,7 @@ RESULTS = {
     "null": ("results('{\"eval_accuracy\": null}')", "DIVERGED", False),
     "NaN": ("results('{\"eval_accuracy\": NaN}')", "DIVERGED", False),
     "stopped by SaveState": ("state.write_text(json.dumps({'log_history': log, 'diverged': True}))", "DIVERGED", False),
-    "no metric beside runs that have it": ("save(log[:1])", "FAILED, --metric eval_accuracy is not among", True),
+    "no metric beside runs that have it": ("save(log[:1])", "FAILED, --metric eval_accuracy is not among", False),
     "nothing": ("pass", "FAILED, neither a trainer_state.json nor an all_results.json", True),
     "truncated": ("state.write_text(json.dumps({'log_history': log})[:60])", "FAILED, neither", True),
     "not UTF-8": ("state.write_bytes(b'\\xff\\xfe')", "FAILED, neither", True),
@@ -78,7 +78,8 @@ def test_results_of_runs(bench, capsys):
     for kind, (_, sentence, again) in RESULTS.items():
         assert sentence in reports[0][kind], (kind, reports[0][kind])
         assert (kind in reports[1]) == again and bench.starts().count((kind, 1e-4, 1)) == 1 + again, kind
-        assert (rows[kind]["mean"] is None) == (again or sentence == "DIVERGED") == bool(rows[kind]["lost"]), kind
+        lost = again or sentence.startswith(("DIVERGED", "FAILED"))
+        assert (rows[kind]["mean"] is None) == lost == bool(rows[kind]["lost"]), kind
     assert "which ends with\n    last words" in reports[0]["last words"] and len(reports[0]["a log of 10 MB"]) < 10_000
     assert "`crash after its results` ended with exit code 3 (seed 1)" in table
 
@@ -97,8 +98,11 @@ def test_a_mistyped_metric_ends_the_comparison_at_once(bench):
     with pytest.raises(SystemExit, match="--metric eval_f1 is not among what it reports: eval_accuracy."):
         tool.main(wrong)
     assert len(bench.starts()) == 1
-    assert tool.main(options) == 0  # the finished run serves another metric
-    assert len(bench.starts()) == 8
+    for _ in range(2):
+        assert tool.main(options) == 0  # the finished run serves another metric
+        assert len(bench.starts()) == 8
+        with pytest.raises(SystemExit, match="eval_f1 is not among"):
+            tool.main(wrong)
 
 
 def test_finished_runs_are_not_repeated(bench):
@@ -160,7 +164,7 @@ def test_a_command_without_results_may_be_corrected(bench):
     assert tool.main([*arguments, "--wrong", "1"]) == 1
     bench.set_faults()
     assert tool.main(arguments) == 0
-    with pytest.raises(SystemExit, match="holds runs of another command or --template, .*: take another"):
+    with pytest.raises(SystemExit, match="holds runs of another command.*script.py. Take another"):
         tool.main([*arguments, "--wrong", "1"])
 
 
@@ -213,6 +217,13 @@ def test_streams_of_few_letters_or_closed_ones(bench, monkeypatch):
     process.stdout.close()
     process.stderr.close()
     assert process.wait(30) == 1 and len(bench.starts()) == 5
+    command = shlex.join([sys.executable, "-m", "hf_nsf.compare", *bench.one_rate("x")])
+    assert subprocess.run(["bash", "-c", f"{command} >&- 2>&-"]).returncode == 1 and len(bench.starts()) == 6
+
+
+def test_a_file_holds_an_argument_that_is_not_utf8(tmp_path):
+    runs_module.write(tmp_path / "comparison.md", os.fsdecode(b"caf\xe9.csv"))
+    assert (tmp_path / "comparison.md").read_bytes() == b"caf\xe9.csv"
 
 
 CUDA, OMP = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
@@ -252,6 +263,8 @@ def test_each_run_gets_its_share_of_the_devices(bench, monkeypatch, capsys):
     bench.set_faults(a="save(log); (work / f'sees{seed}').write_text(os.environ['CUDA_VISIBLE_DEVICES'])")
     assert tool.main(bench.one_rate("a", "--seeds", "4", "--devices_per_run", "2", "--jobs", "4")) == 0
     assert sorted(path.read_text() for path in bench.folder.glob("sees*")) == ["0,1", "0,1", "2,3", "2,3"]
+    with pytest.raises(SystemExit, match="another command, --template or --devices_per_run"):  # of other batches
+        tool.main(bench.one_rate("a", "--seeds", "4"))
 
 
 def test_the_probe_of_devices_is_right_here(monkeypatch):
@@ -270,7 +283,7 @@ def test_template_is_written_to_the_folder_of_each_run(bench):
     assert tool.main(arguments) == 0 and len(bench.starts()) == 2 * (5 + 2)
     assert ("a", 5e-5, 1001) in bench.starts()
     template.write_text(template.read_text() + " ")
-    with pytest.raises(SystemExit, match="another command or --template, "):
+    with pytest.raises(SystemExit, match="another command, --template or"):
         tool.main(arguments)
 
 
@@ -289,7 +302,7 @@ def test_a_terminal_shows_the_runs_at_work(bench):
     os.close(theirs)
     process.communicate()
     text = os.read(ours, 100_000).decode()
-    assert all(f"{optim}-lr0.0001-seed1: {seen}" in text for optim, (_, seen) in progress.items())
+    assert all(f"{seen}: {optim}-lr0.0001-seed1" in text for optim, (_, seen) in progress.items())
     assert re.search(r"0/3 \[00:0[1-9]<", text)  # the bar goes on between two runs
     os.close(ours)
 
@@ -332,7 +345,7 @@ def test_nothing_of_a_run_goes_on(bench, kind, killed):
     assert not any(map(alive, left))
 
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+SIGNALS = [signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
