@@ -92,7 +92,11 @@ def plot_runs(
         legend = figure.legend(handles, ["?"] * len(handles), **place)
         for entry, text in zip(legend.get_texts(), texts, strict=False):
             entry.set_text(text)  # as a label, one that starts with _ would be left out
-        bands = "   ·   bands, bars: standard error of the mean" if len(groups) < len(log_histories) else ""
+        bands = (
+            "   ·   means where all seeds logged; bands, bars: standard error"
+            if len(groups) < len(log_histories)
+            else ""
+        )
         figure.supxlabel(f"step (updates){bands}", fontsize=9)
     return figure
 

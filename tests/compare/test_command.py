@@ -81,7 +81,7 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
     # Files are written to the folder of the run.
     Path("cfg.json").write_text("{optim} {seed} {learning_rate} {output_dir}")
     words, files = command("--template", "cfg.json", "--", "tool", "config=cfg.json", optim="nsf")
-    assert words == [*start, "tool", "config=RUN/cfg.json"] and files["cfg.json"].startswith("nsf 7 2.0e-05 /")
+    assert words == [*start, "tool", "config=RUN/cfg.json"] and files[Path("cfg.json")].startswith("nsf 7 2.0e-05 /")
 
 
 def test_dry_run_prints_the_plan_and_later_the_time(tmp_path, monkeypatch, capsys):

@@ -92,6 +92,16 @@ def test_lost_runs_are_counted_and_left_out_of_means():
     assert found["diverging"] == (2.5e-5, True, 3, 3, None, None)  # the grids grow towards lower rates
 
 
+def test_logs_of_the_search_shrink_to_their_last_values():
+    plan = Plan(plan_options("adamw"))
+    for run in (Run("adamw", 1e-4, 1), Run("adamw", 1e-4, 1001)):
+        result = train(run)
+        judged, length = plan.judge(result), len(result["log_history"])
+        plan.add(run, result)
+        assert plan.judge(plan.results[run]) == judged
+        assert len(plan.results[run]["log_history"]) == (length if run.seed == 1 else 1)
+
+
 @pytest.mark.parametrize(("change", "chosen"), [({"failed": "exit code 1"}, 1e-4), ({"diverged": True}, 5e-5)])
 def test_a_failed_run_of_the_search_is_left_out_and_a_diverged_one_is_the_worst(change, chosen):
     def once(run):

@@ -278,10 +278,12 @@ def test_template_is_written_to_the_folder_of_each_run(bench):
     template = bench.folder / "cfg.json"
     template.write_text('{"--optim": "{optim}", "args": "{optim_args}", "--learning_rate": {learning_rate}, '
         '"--seed": {seed}, "--output_dir": "{output_dir}"}')  # fmt: skip
+    template.chmod(0o750)
     options = ["--optims", "a", "b:x=1", "--seeds", "2", "--template", str(template)]
     arguments = bench.arguments(*options, script=(str(template),))
     assert tool.main(arguments) == 0 and len(bench.starts()) == 2 * (5 + 2)
     assert ("a", 5e-5, 1001) in bench.starts()
+    assert (bench.out / "runs" / "a-lr5e-05-seed1001" / "cfg.json").stat().st_mode == template.stat().st_mode
     template.write_text(template.read_text() + " ")
     with pytest.raises(SystemExit, match="another command, --template or"):
         tool.main(arguments)
