@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,9 @@ def _is_for_python(name: str) -> bool:
         return os.path.isfile(os.path.join(name, "__main__.py"))
     with open(name, "rb") as file:
         first = file.readline(200)
-    return not (first.startswith((b"#!", b"\x7fELF")) and b"python" not in first and os.access(name, os.X_OK))
+    names = [os.path.basename(word) for word in first[2:].split()]
+    for_python = first.startswith(b"#!") and any(name.startswith(b"python") for name in names)
+    return for_python or not (first.startswith((b"#!", b"\x7fELF")) and os.access(name, os.X_OK))
 
 
 def _command(arguments: list[str], environment: dict[str, str]) -> list[str]:
@@ -81,13 +84,15 @@ def main(arguments: list[str]) -> int:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_SITE, *others])}
     try:
         command = _command(arguments, environment)
-    except ValueError as error:
+        if os.name == "nt":  # exec returns to the shell at once there
+            return subprocess.call(command, env=environment)
+        sys.stdout.flush()
+        for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and exec would hand that on
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        os.execve(command[0], command, environment)
+    except (OSError, ValueError) as error:
         print(f"python -m hf_nsf: {error}", file=sys.stderr)
         return 2
-    if os.name == "nt":  # exec returns to the shell at once there
-        return subprocess.call(command, env=environment)
-    sys.stdout.flush()
-    os.execve(command[0], command, environment)
 
 
 if __name__ == "__main__":

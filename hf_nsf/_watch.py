@@ -37,7 +37,7 @@ def _register(name: str) -> None:
 
 
 class _Watch:
-    """Meta path finder that takes both modules' specs from the other finders and adds a stage to their execution.
+    """Meta path finder that takes both modules' specs from the other finders and adds a stage to their loaders.
 
     It stays on sys.meta_path: reloaded modules register again, and no thread misses a finder while it reads the list.
     """
@@ -56,18 +56,26 @@ class _Watch:
         finally:
             self.searching.discard(key)
         if spec is not None and hasattr(spec.loader, "exec_module"):
-            self.add_stage(spec.loader)
+            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
         return spec
 
-    def add_stage(self, loader: Any) -> None:
-        execute = loader.exec_module
 
-        def exec_module(module: Any) -> None:
-            execute(module)
-            if module.__name__ in _MODULES:  # a zip archive has one loader for all its modules
-                _register(module.__name__)
+class _Loader:
+    """A loader with a stage after it. The loader itself is not changed: it may serve many modules, or be a proxy."""
 
-        loader.exec_module = exec_module
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: Any) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _register(module.__name__)
 
 
 _WATCH = _Watch()

@@ -85,10 +85,14 @@ class LCAM(SGD):
                 group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with the same checks as the constructor's. It starts in the high phase."""
+        """Add a group, with the same checks as the constructor's. It joins the phase of the first group."""
         if isinstance(param_group, dict):
             decay = {"loss_ema_decay": None} if "loss_average" in param_group else {}
             param_group = _checked({**self.defaults, **decay, **param_group})
+            first = (getattr(self, "param_groups", None) or [param_group])[0]
+            if first["loss_average"] == param_group["loss_average"]:  # one phase for all groups
+                phase = {name: first[name] for name in ("loss_count", "loss_mean", "loss_phase")}
+                param_group.update(phase, momentum=phase_momentum(param_group, phase["loss_phase"]))
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

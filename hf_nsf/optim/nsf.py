@@ -44,7 +44,8 @@ class NSF(Optimizer):
 
     p = 1/2 is Adam (low frequencies), p = 0 is SGD with an averaged momentum, p < 0 amplifies high frequencies. p is a
     function of the number of updates that a parameter has had and of its group's options; see
-    :func:`hf_nsf.p_schedule`. A constant `p` in a group may be rewritten between steps.
+    :func:`hf_nsf.p_schedule`. A second training begins with `restart_cycle()`; a Trainer's callback calls it. A constant
+    `p` in a group may be rewritten between steps.
 
     Args:
         params: parameters, named parameters or parameter groups (each may set every option below).
@@ -107,7 +108,13 @@ class NSF(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "grafting": grafting}
         paths = {"maximize": maximize, "foreach": foreach, "fused": fused, "kahan_sum": kahan_sum}
         defaults = _checked({**defaults, **dict(zip(CYCLE_OPTIONS, cycle, strict=True)), **paths})
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "first_step": 0.0})
+
+    def restart_cycle(self) -> None:
+        """Begin p's cycle anew with the next step, as in a second training; moments and counters of steps stay."""
+        made = max((float(state["step"]) for state in self.state.values() if "step" in state), default=0.0)
+        for options in (self.defaults, *self.param_groups):
+            options["first_step"] = made
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own options are checked as the constructor's are."""
@@ -173,7 +180,7 @@ class NSF(Optimizer):
 
     @property
     def last_p(self) -> float:
-        """Exponent of the last step of the first parameter group; before any, that of the first step."""
+        """Exponent of the last step (of the first group with gradients); before a step of this object, that after 0."""
         return p_at(0, self.param_groups[0]) if self._last_p is None else self._last_p
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, each new p would compile it again
@@ -272,7 +279,7 @@ class NSF(Optimizer):
                 members.append((state["step"], *row))
         if dtensors:
             torch.autograd.graph.increment_version(dtensors)  # their shards have versions of their own
-        self._last_p = next((s.p for (index, _), s in scalars.items() if index == 0), self._last_p)
+        self._last_p = next((s.p for s in scalars.values()), self._last_p)
         buckets = {
             key: Bucket(scalars[key[-2:]], *map(list, zip(*members, strict=True))) for key, members in rows.items()
         }
@@ -326,7 +333,8 @@ def _scalars(k: float, group: dict[str, Any]) -> Scalars:
     lr, b1, b2, eps, decay = (x.item() if isinstance(x, Tensor) else x for x in options)
     # To load a state, torch.distributed.checkpoint makes a step with lr = 0, before a Trainer has set total_steps.
     p = group["p_max"] if lr == 0 and lacks_total(group) else p_at(k, group)
-    p = p if abs(p) > 1e-30 else 0.0  # in float32 it is 0, and a zero to the power of 0 must be 1
+    # What is 0 in float32 must be 0: a zero to the power of 0 is 1, and a zero divided by eps is 0.
+    p, eps = p if abs(p) > 1e-30 else 0.0, eps if eps > 1e-38 else 0.0
     return Scalars(p, lr, b1, b2, eps, decay, group["maximize"], group["grafting"], k + 1)
 
 

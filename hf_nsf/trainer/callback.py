@@ -63,7 +63,7 @@ class PhaseCallback(TrainerCallback):
         self._optimizer: Any = None
         self._phase: LossPhase | None = None
         self._loss: torch.Tensor | None = None
-        self._micro_batches = self._largest_window = self._ignored = 0
+        self.micro_batches = self._largest_window = self._ignored = 0
         self._inside_epoch = self._has_mean = False
         self._last_decision: Any = None
         self._used: dict[str, float] = {}
@@ -88,7 +88,7 @@ class PhaseCallback(TrainerCallback):
             loss = torch.as_tensor(loss).detach()
             loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # a bfloat16 sum is not the logged loss
             self._loss = loss.clone() if self._loss is None else self._loss + loss
-            self._micro_batches += 1
+            self.micro_batches += 1
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse invalid `optim_args` when the Trainer is made."""
@@ -106,8 +106,10 @@ class PhaseCallback(TrainerCallback):
         ours = self._follow(optimizer)
         if not isinstance(ours, (LCAM, NSF)):
             return
-        if state.global_step == 0:
-            if self._phase is not None:
+        if state.global_step == 0:  # perhaps a second training with this optimizer
+            if isinstance(ours, NSF):
+                ours.restart_cycle()
+            elif self._phase is not None:
                 self._phase.restart()
             return
         accumulation = args.gradient_accumulation_steps
@@ -132,10 +134,6 @@ class PhaseCallback(TrainerCallback):
         if self._phase is not None and not self._inside_epoch:
             self._phase.start_epoch()
         self._inside_epoch = False
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Follow a replaced optimizer before its first loss."""
-        self._follow(optimizer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Record the values that this step uses."""
@@ -200,6 +198,6 @@ class PhaseCallback(TrainerCallback):
 
     def _take_loss(self) -> tuple[torch.Tensor | None, int]:
         """The sum of the losses observed, and their number; both start again at 0."""
-        observed = self._loss, self._micro_batches
-        self._loss, self._micro_batches = None, 0
+        observed = self._loss, self.micro_batches
+        self._loss, self.micro_batches = None, 0
         return observed

@@ -27,7 +27,7 @@ _SET_ELSEWHERE = {
     "maximize": "the Trainer minimizes its loss",
     "total_steps": "the Trainer sets it to the number of its updates",
 }
-_NULLS = ("None", "null", "Null", "NULL")  # Python's and YAML's; grafting=none is a word
+_NULLS = ("None", "null", "Null", "NULL")  # Python's and YAML's
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # float() also accepts 1_0 and other digits
 
 
@@ -64,7 +64,8 @@ def parse_optim_args(optim: str, text: str | None, device: Any = "cpu") -> dict[
 
     Args:
         optim: "lcam" or "nsf".
-        text: "key=value,key=value"; None or blanks for no options. A key with the value `None` or `null` is ignored.
+        text: "key=value,key=value"; None or blanks for no options. An option that may be None is ignored if its
+            value is `None` or `null`.
         device: the parameters' device, which some options depend on.
 
     Returns:
@@ -99,8 +100,9 @@ def _parse(optim: str, text: str, device: str) -> dict[str, Any]:
         if key in found:
             raise ValueError(f"Invalid optim_args: {key} is given twice, the second time as {key}={value:.80}.")
         read, allowed = readers[key]
+        optional = "None" in str(inspect.signature(OPTIMIZERS[optim]).parameters[key].annotation)
         try:
-            found[key] = None if value in _NULLS else read(value)
+            found[key] = None if optional and value in _NULLS else read(value)
         except (KeyError, ValueError):
             raise ValueError(f"Invalid {key}: {key}={value:.80}, allowed is {allowed}.") from None
     options = {key: value for key, value in found.items() if value is not None}

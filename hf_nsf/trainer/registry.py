@@ -66,8 +66,9 @@ def _report_loss(training_step: Any) -> Any:
         if os.environ.get(SAVE_STATE):
             find_callback(self, SaveState, add=True)
         callback = PhaseCallback.from_trainer(self)  # before the step, which may need NSF's total_steps
+        before = callback and callback.micro_batches
         loss = training_step(self, *args, **kwargs)
-        if callback is not None:
+        if callback is not None and callback.micro_batches == before:  # it was not called with this loss within
             callback.observe(loss)
         return loss
 

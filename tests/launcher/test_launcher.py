@@ -79,7 +79,8 @@ def test_commands(monkeypatch, tmp_path):
         archive.writestr("__main__.py", PROBE)
     Path(tmp_path, "__main__.py").write_text(PROBE)
     folder, zipped = str(tmp_path), str(tmp_path / "tool.zip")
-    for name, first in (("train.sh", "#!/bin/sh"), ("train", "#!/usr/bin/env python3"), ("accelerate", "#!/bin/sh")):
+    firsts = {"train.sh": "#!/opt/python-3/bin/sh", "train": "#!/usr/bin/env python3", "accelerate": "#!/bin/sh"}
+    for name, first in firsts.items():
         Path(tmp_path, name).write_text(first)
         Path(tmp_path, name).chmod(0o755)
     shell, train, python = f"{folder}/train.sh", f"{folder}/train", launcher._python()
@@ -119,10 +120,14 @@ def test_commands(monkeypatch, tmp_path):
         (["-m"], 2, "", launcher.HELP),
         (["nowhere.py", "--x"], 2, "", "python -m hf_nsf: there is no script and no command nowhere.py.\n"),
         (["--optim", "nsf"], 2, "", "python -m hf_nsf: there is no option --optim; the script comes first.\n"),
+        (["broken.sh"], 2, "", "python -m hf_nsf: [Errno 2] No such file or directory: 'broken.sh'\n"),
         (["--local_rank=0"], 2, "", "python -m hf_nsf: there is no script after --local_rank=0.\n"),
     ],
 )
-def test_help_and_wrong_arguments_end_with_a_message(arguments, status, out, error, capsys):
+def test_help_and_wrong_arguments_end_with_a_message(arguments, status, out, error, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.sh").write_text("#!/no/such/interpreter")
+    Path("broken.sh").chmod(0o755)
     assert launcher.main(arguments) == status and capsys.readouterr() == (out, error)
 
 
@@ -145,6 +150,13 @@ def test_a_tool_that_puts_its_sitecustomize_first_and_execs_python(tmp_path):
     for command in (["-m", "hf_nsf", "instrument.py", "probe.py"], ["instrument.py", "-m", "hf_nsf", "probe.py"]):
         result = run(*command, cwd=tmp_path)
         assert result.stdout.splitlines()[-2:] == ["agent", f"True {tmp_path}/agent/sitecustomize.py"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_command_has_the_signals_of_a_shell(tmp_path):
+    """Python ignores SIGPIPE and SIGXFSZ; a command that inherited that would never end in `command | head`."""
+    ignored = {line for line in run("-m", "hf_nsf", "cat", "/proc/self/status", cwd=tmp_path).stdout.splitlines()}
+    assert "SigIgn:\t0000000000000000" in ignored
 
 
 def test_a_tool_that_trains_in_a_child_process_with_workers_by_spawn(tmp_path):

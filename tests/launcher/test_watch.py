@@ -64,6 +64,30 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 import transformers.trainer
 """
+PROXY = """
+import importlib.util, sys
+class Proxy:  # what is set on it is set on what it wraps, as with wrapt
+    def __init__(self, loader):
+        self.__dict__["wrapped"] = loader
+    def __getattr__(self, name):
+        return getattr(self.wrapped, name)
+    def __setattr__(self, name, value):
+        setattr(self.wrapped, name, value)
+    def exec_module(self, module):
+        self.wrapped.exec_module(module)
+class Hook:
+    asking = False
+    def find_spec(self, name, path=None, target=None):
+        if self.asking or name not in ("transformers.trainer", "transformers.training_args"):
+            return None
+        self.asking = True
+        spec = importlib.util.find_spec(name)
+        self.asking = False
+        spec.loader = Proxy(spec.loader)
+        return spec
+sys.meta_path.insert(0, Hook())
+import hf_nsf, transformers.trainer
+"""
 THREADS = """
 import threading, time
 found = []
@@ -105,6 +129,7 @@ BY_BOTH = {
 # (code, printed, changed files, on stderr); by `import hf_nsf` only.
 BY_IMPORT = {
     "hf_nsf_imported_last": (f"import transformers.trainer, hf_nsf; {NAMES}", f"{TRAINER} {ADDED}", {}, ""),
+    "after_a_hook_whose_loader_is_a_proxy": (PROXY + NAMES, f"{TRAINER} {ADDED}", {}, ""),
     "hf_nsf_reloaded": (
         f"import hf_nsf, importlib; importlib.reload(hf_nsf); import transformers.trainer; {NAMES}",
         f"{TRAINER} {ADDED}", {}, "",

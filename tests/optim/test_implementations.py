@@ -161,9 +161,9 @@ def test_multiplying_all_gradients_changes_nothing(name):
 
 @pytest.mark.parametrize("grafting", GRAFTINGS)
 def test_zero_gradients_move_nothing(name, grafting):
-    """All of one tensor, and some of another; without eps, too."""
+    """All of one tensor, and some of another; without eps, or with one that is 0 in float32, too."""
     for p in PS:
-        for eps in (1e-8, 0.0):
+        for eps in (1e-8, 1e-50, 0.0):
             params = on_device(name, [torch.ones(50), torch.ones(40)])
             for q in params:
                 q.grad = torch.zeros_like(q)

@@ -3,6 +3,8 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 import types
 import warnings
 
@@ -221,3 +223,29 @@ def test_triton_kernels_compile_without_a_gpu(capability):
         for dtype, kahan in ((torch.float32, False), (torch.bfloat16, work != "update")):
             asm = compiled(gpu._step, pointers, numbers, WORK=work, DTYPE=gpu.DTYPES[dtype], KAHAN=kahan)
             assert asm["cubin"]
+
+
+THREAD = """
+import threading, time, torch
+from hf_nsf import NSF
+torch.set_num_threads(2)
+q = torch.nn.Parameter(torch.zeros(3_000_000))
+q.grad = torch.ones_like(q)
+optimizer = NSF([q], p=0.1)
+def train():
+    time.sleep(0.5)  # until the main thread has ended
+    optimizer.step()
+    print("stepped", bool((q != 0).all()))
+threading.Thread(target=train).start()
+"""
+CACHE = """
+import numba.core.caching
+numba.core.caching.FunctionCache._impl_class._locator_classes = []  # no folder can be written
+""" + THREAD.replace("3_000_000", "9")
+
+
+@needs_numba
+@pytest.mark.parametrize("script", [THREAD, CACHE], ids=["main thread ended", "no folder for a cache"])
+def test_kernels_step_in_a_process_of_their_own(script):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("stepped True\n", "")

@@ -71,6 +71,20 @@ def test_each_group_starts_at_its_own_high_loss_momentum():
     assert own.param_groups[0]["loss_ema_decay"] is None
 
 
+def test_a_group_added_in_training_joins_the_phase_of_the_others():
+    a, b, c = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    optimizer = LCAM([a], high_loss_momentum=0.8)
+    phase = LossPhase(optimizer)
+    for loss in (4.0, 3.0, 2.0):
+        phase.step(loss)
+    optimizer.add_param_group({"params": [b], "low_loss_momentum": 0.1})
+    optimizer.add_param_group({"params": [c], "loss_average": "ema"})  # another mean
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.1, 0.8]
+    phase.step(2.9)  # below the mean of the four losses, above that of itself alone
+    assert [group["loss_count"] for group in optimizer.param_groups] == [4, 4, 1]
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.1, 0.8]
+
+
 def lcam(**options):
     return LCAM([nn.Parameter(torch.ones(1))], **{"low_loss_momentum": 0.8, "high_loss_momentum": 0.9, **options})
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NSF's exponent: the values of each shape, the periods, and that it follows each parameter's own updates."""
 
+import copy
 import math
 import warnings
 
@@ -37,6 +38,29 @@ def test_values_of_each_shape(shape, values):
             used.append(optimizer.last_p)
         assert used == p_schedule(range(24), **options, **period)
     assert p_schedule(range(4), p=-0.1) == [-0.1] * 4
+
+
+def test_last_p_is_that_of_the_first_group_with_gradients():
+    """Where only biases are trained, a Trainer's first group is empty."""
+    optimizer = NSF([{"params": [nn.Parameter(torch.ones(1))]}, {"params": [parameter()], "p_min": -0.5}])
+    used = [optimizer.step() or optimizer.last_p for _ in range(60)]
+    assert used == p_schedule(range(60), p_min=-0.5)
+
+
+def test_a_restarted_cycle_is_that_of_a_new_training():
+    """In later groups and after loading, too; the moments and counters stay."""
+    cycle = {"cycles": 1.5, "total_steps": 10}
+    optimizer = NSF([parameter()], **cycle)
+    for _ in range(7):
+        optimizer.step()
+    optimizer.restart_cycle()
+    loaded = NSF([parameter()], **cycle)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.add_param_group({"params": [parameter()]})
+    for each in (optimizer, loaded):
+        used = [each.step() or each.last_p for _ in range(10)]
+        assert used == p_schedule(range(10), **cycle) and next(iter(each.state.values()))["step"] == 17
+    assert optimizer.param_groups[1]["first_step"] == 7
 
 
 @pytest.mark.parametrize(

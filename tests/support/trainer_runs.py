@@ -230,14 +230,13 @@ def train_logs(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def check(trainer, optimizer, updates, first=0):
+def check(trainer, optimizer, updates):
     """Every logged value is the one used in that step, by NSF's schedule or LCAM's rule."""
     assert type(trainer.optimizer.optimizer) is getattr(hf_nsf, optimizer.upper())
     logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
     assert len(logs) == updates
     if optimizer == "nsf":
-        steps = range(first, first + updates)
-        schedule = hf_nsf.p_schedule(steps, p_min=-0.25, p_max=0.5, cycles=2, total_steps=updates)
+        schedule = hf_nsf.p_schedule(range(updates), p_min=-0.25, p_max=0.5, cycles=2, total_steps=updates)
         assert [entry["nsf_p"] for entry in logs] == schedule
     else:
         check_rule(trainer)

@@ -18,7 +18,8 @@ GOOD = [
      {"p_min": -0.25, "p_max": 0.5, "cycles": 8.0, "cycle_shape": "square", "grafting": "none"}),
     ("nsf", "kahan_sum=false,fused=false", {"kahan_sum": False, "fused": False}),
     ("nsf", "p=None,p_min=null,p_max=0.75", {"p_max": 0.75}),
-    ("lcam", "nesterov=None,foreach=NULL", {}),
+    ("lcam", "loss_ema_decay=None,foreach=NULL", {}),
+    ("nsf", "grafting=None", {"grafting": "none"}),
 ]  # fmt: skip
 
 BAD = [
@@ -54,6 +55,7 @@ BAD = [
     ("nsf", "p=none", ["p=none", "finite number"]),
     ("nsf", "cycles=true", ["cycles=true", "finite number"]),
     ("lcam", "nesterov=yes", ["nesterov=yes", "true or false"]),
+    ("lcam", "nesterov=None", ["nesterov=None", "true or false"]),
     # Ranges and combinations, checked by the constructors.
     ("lcam", "low_loss_momentum=1.0", ["low_loss_momentum=1.0", "[0, 1)"]),
     ("lcam", "foreach=true,fused=true", ["foreach", "fused"]),

@@ -102,16 +102,18 @@ def test_old_transformers_are_refused(monkeypatch):
         importlib.reload(hf_nsf)
 
 
-def test_a_wrapper_around_ours_is_kept_and_no_loss_counts_twice(tmp_path, monkeypatch):
+@pytest.mark.parametrize("wraps", [functools.wraps, lambda function: lambda wrapper: wrapper], ids=["wraps", "hides"])
+def test_a_wrapper_around_ours_is_kept_and_no_loss_counts_twice(wraps, tmp_path, monkeypatch):
     ours = Trainer.training_step
 
-    @functools.wraps(ours)
+    @wraps(ours)
     def theirs(self, *args, **kwargs):
         return ours(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", theirs)
     hf_nsf.register()
-    assert Trainer.training_step is theirs
+    kept = wraps is functools.wraps  # one that hides ours is wrapped once more
+    assert (Trainer.training_step is theirs) == kept
     trainer = make_trainer(tmp_path)
     trainer.train()
     check_rule(trainer)

@@ -120,11 +120,11 @@ def test_the_loss_used_is_the_loss_logged(case, tmp_path, warned):
 
 @OURS
 def test_a_second_training_starts_anew(optimizer, tmp_path):
-    """LCAM's phase starts anew; NSF's cycle continues with its parameters' updates."""
+    """LCAM's phase and NSF's cycle."""
     trainer = make_trainer(tmp_path, optimizer)
-    for run in range(2):
+    for _ in range(2):
         trainer.train()
-        check(trainer, optimizer, 33, first=33 * run)
+        check(trainer, optimizer, 33)
 
 
 @pytest.mark.parametrize("removed", [False, True])

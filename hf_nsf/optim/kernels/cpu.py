@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numba
@@ -184,7 +185,16 @@ def _move(theta, comp, m, v, n, c, factor, whole, like, kahan):  # type: ignore[
             comp[i] = _round(value - _load(theta[i]), like)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
+def _compile(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile with numba's cache, or without it where no folder for it can be written."""
+    try:
+        compiled = njit(error_model="numpy", nogil=True, cache=True)(function)
+    except RuntimeError:
+        compiled = njit(error_model="numpy", nogil=True)(function)
+    return compiled  # type: ignore[no-any-return]
+
+
+@_compile
 def _work(kind, addresses, n, c, factors, owner, lows, lengths, sums, begin, end, like, kahan):  # type: ignore[no-untyped-def]
     """Do one kind of work for the chunks from `begin` up to `end`."""
     for j in range(begin, end):
@@ -231,7 +241,9 @@ def _run(kind: int, bucket: Bucket, factors: np.ndarray) -> np.ndarray:
                 _work(kind, *tables, begin, min(begin + SHARE, len(chunks.owner)), like, kahan)
 
     threads = min(torch.get_num_threads(), len(shares))
-    others = [_pool(threads).submit(take_shares) for _ in range(threads - 1)]
+    others = []
+    with contextlib.suppress(RuntimeError):  # Python's main thread has ended, and this one does all
+        others += [_pool(threads).submit(take_shares) for _ in range(threads - 1)]
     take_shares()
     for other in others:
         other.result()
