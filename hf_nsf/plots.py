@@ -199,10 +199,11 @@ def draw(axis: Axes, key: str, runs: list[Series], index: int) -> None:
     colour, control = style["color"], key in _NAMES
     steps, table = np.array(common), np.array([[run[step] for step in common] for run in runs])
     drawstyle: Any = "default"
-    if key in ("loss", "lcam_momentum") and len(common) > 80:
+    # A mean of some runs' two momenta says nothing without the steps around it.
+    if key in ("loss", "lcam_momentum") and len(common) > 80 or key == "lcam_momentum" and len(runs) > 1:
         if key == "loss" and len(runs) == 1:
             axis.plot(steps, table[0], color=colour, lw=0.6, alpha=0.2, zorder=1)
-        width = min(len(steps) // 40, 1000) | 1  # limited, so that the time is linear in the length
+        width = min(max(len(steps) // 40, 4), 1000) | 1  # limited, so that the time is linear in the length
         table = np.array([_moving_mean(_moving_mean(row, width), width) for row in table])
         axis.set_ylabel(f"{_NAMES[key]}\n(moving mean)")
     elif key == "lcam_momentum":
@@ -216,8 +217,7 @@ def draw(axis: Axes, key: str, runs: list[Series], index: int) -> None:
     if len(runs) > 1:
         error = table.std(axis=0, ddof=1) / math.sqrt(len(runs))
         if control:
-            step: Any = "mid" if drawstyle == "steps-mid" else None
-            axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, lw=0, step=step)
+            axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
         else:  # a band would not show at a single one
             axis.errorbar(steps, mean, error, color=colour, fmt="none", capsize=2, elinewidth=1, errorevery=places)
     scale_losses(axis, key)

@@ -44,7 +44,7 @@ class NSF(Optimizer):
 
     p = 1/2 is Adam (low frequencies), p = 0 is SGD with an averaged momentum, p < 0 amplifies high frequencies. p is a
     function of the number of updates that a parameter has had and of its group's options; see
-    :func:`hf_nsf.p_schedule`. A second training begins with `restart_cycle()`; a Trainer's callback calls it. A constant
+    :func:`hf_nsf.p_schedule`. Before a second training call `restart_cycle()`, as a Trainer's callback does. A constant
     `p` in a group may be rewritten between steps.
 
     Args:
