@@ -12,8 +12,6 @@ each update. The optimizer's state dict holds all state of both, so a resumed ru
 one (unless the data set draws random numbers itself).
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -103,17 +101,16 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         )
         if arguments.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would use float32
             raise ValueError("mixed_precision=fp16 needs a GPU: allowed are no and bf16.")
-        accumulation = accelerator.gradient_accumulation_steps  # the launcher's, where its configuration has them
-        counts = {"gradient_accumulation_steps": accumulation, "num_train_epochs": arguments.num_train_epochs}
-        for name, count in {**counts, "checkpointing_steps": arguments.checkpointing_steps}.items():
-            if count is not None and count < 1:
+        for name in ("gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
+            if (count := getattr(arguments, name)) is not None and count < 1:
                 raise ValueError(f"{name}={count} is not allowed: give 1 or more.")
+        accumulation = accelerator.gradient_accumulation_steps  # the launcher's, where its configuration has them
         options = parse_optim_args(arguments.optim, arguments.optim_args, accelerator.device)
         output = Path(arguments.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        splits, label_names, processor = prepare(model_arguments, data_arguments)
+        splits, labels, processor = prepare(model_arguments, data_arguments)
         set_seed(arguments.seed)
-        model = build_model(model_arguments, label_names)
+        model = build_model(model_arguments, labels)
         set_seed(arguments.seed, device_specific=True)  # all start from the same weights, but drop out others
         loaders = {}
         for name, split in splits.items():
@@ -123,8 +120,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         train_loader = loaders.pop("train")
         updates = arguments.num_train_epochs * math.ceil(len(train_loader) / accumulation)
         if arguments.learning_rate is None:
-            pretrained = model_arguments.model_name_or_path is not None
-            arguments.learning_rate = default_learning_rate(LEARNING_RATES, arguments.optim, pretrained)
+            arguments.learning_rate = default_learning_rate(LEARNING_RATES, arguments.optim, model_arguments)
         options |= {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay}
         if arguments.optim == "nsf":
             optimizer, phase = NSF(model.parameters(), total_steps=updates, **options), None

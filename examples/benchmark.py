@@ -13,9 +13,6 @@ from numba's and Triton's caches; with NUMBA_CACHE_DIR and TRITON_CACHE_DIR set 
 `training`: samples a second of stock Trainer runs, which take turns; the ratio is the median over rounds.
 """
 
-from __future__ import annotations
-
-import argparse
 import itertools
 import math
 import platform
@@ -28,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import command, markdown, write
+from figures import make_parser, markdown, positive, write
 from torch.utils.benchmark import timer  # waits for the GPU
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, Trainer, TrainingArguments
 
@@ -144,17 +141,16 @@ def machine(device: str) -> str:
     return ", ".join([torch.cuda.get_device_name() if device == "cuda" else where, *packages])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["minilm"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=20, help="Steps of each candidate.")
-    parser.add_argument("--rounds", type=int, default=5, help="Trainings of each optimizer.")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--repeats", type=positive, default=20, help="steps of each candidate (default: 20)")
+    parser.add_argument("--rounds", type=positive, default=5, help="trainings of each optimizer (default: 5)")
+    options = parser.parse_args(args)
     results = {}
     if "steps" in options.parts:
         for dtype, name in itertools.product(options.dtypes, options.shapes):
@@ -165,8 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = f"Measured on {where}.\n"
     for title, rows in results.items():
         text += f"\n{title}\n\n" + markdown([*rows[0]], *([*row.values()] for row in rows))
-    results = {"machine": where, "results": results}
-    write(options.output_dir / "benchmark", command(__file__, arguments), results, text)
+    write(options.output_dir, __file__, args, {"machine": where, "results": results}, text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the classification examples share: the user's data, the metric, the training, one sentence for bad input."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,11 +38,14 @@ class DataTrainingArguments:
     max_eval_samples: int | None = HfArg(default=None, help="Likewise for validation and test.")
 
 
-def load_splits(arguments: DataTrainingArguments, embedded: Callable[[], DatasetDict], *usual: str) -> DatasetDict:
+def load_splits(
+    arguments: DataTrainingArguments, embedded: Callable[[], DatasetDict], *usual: str
+) -> tuple[DatasetDict, dict[str, Any]]:
     """Load and check the data; where the arguments name none, `embedded` makes it.
 
     Returns:
-        Splits train, validation and perhaps test, with the columns `labels` and, for inputs, the first of the `usual`.
+        Splits train, validation and perhaps test, with the columns `labels` and, for inputs, the first of the `usual`;
+        and what a model's configuration holds of the labels.
     """
     files = {split: file for split in SPLITS if (file := getattr(arguments, f"{split}_file")) is not None}
     if arguments.dataset_name is not None and files:
@@ -89,7 +90,8 @@ def load_splits(arguments: DataTrainingArguments, embedded: Callable[[], Dataset
             raise ValueError(f"A limit of {limit} samples leaves the {name} split empty: give 1 or more.")
         if limit is not None:
             splits[name] = split.shuffle(seed=SPLIT_SEED).select(range(min(limit, len(split))))
-    return splits
+    names = splits["train"].features["labels"].names
+    return splits, {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
 
 
 @contextmanager
@@ -122,23 +124,24 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return metric.compute(predictions=logits.argmax(-1), references=prediction.label_ids)
 
 
-def default_learning_rate(rates: dict[str, tuple[float, float]], optim: str, pretrained: bool) -> float:
+def default_learning_rate(rates: dict[str, tuple[float, float]], optim: str, model_arguments: Any) -> float:
     """Pick the rate of the optimizer's family, "sgd" or "adam", for a new model or for a pretrained one."""
-    return rates["sgd" if "sgd" in optim or optim == "lcam" else "adam"][pretrained]
+    family = "sgd" if "sgd" in optim or optim == "lcam" else "adam"
+    return rates[family][model_arguments.model_name_or_path is not None]
 
 
 def train(
     args: list[str] | None,
     model_arguments: type,
-    prepare: Callable[[Any, DataTrainingArguments], tuple[Any, list[str], Any]],
-    build_model: Callable[[Any, list[str], Any], Any],
+    prepare: Callable[[Any, DataTrainingArguments], tuple[Any, dict[str, Any], Any]],
+    build_model: Callable[[Any, dict[str, Any], Any], Any],
     rates: dict[str, tuple[float, float]],
     **defaults: Any,
 ) -> None:
     """Parse the arguments, train, evaluate and save.
 
-    `prepare` returns splits ready for training, the names of the labels, and a tokenizer or an image processor;
-    `build_model` gets the last two. `rates` are those of `default_learning_rate`, the `defaults` of TrainingArguments.
+    `prepare` returns splits ready for training, the labels, and a tokenizer or an image processor; `build_model` gets
+    the last two. `rates` are those of `default_learning_rate`, the `defaults` of TrainingArguments.
     """
     with one_sentence():
         parser = HfArgumentParser((model_arguments, DataTrainingArguments, TrainingArguments))
@@ -152,13 +155,12 @@ def train(
             **defaults,
         )
         model, data, training = parser.parse_args_into_dataclasses(args)
-        splits, label_names, processor = prepare(model, data)
+        splits, labels, processor = prepare(model, data)
         if training.learning_rate is None:
-            pretrained = model.model_name_or_path is not None
-            training.learning_rate = default_learning_rate(rates, training.optim.value, pretrained)
+            training.learning_rate = default_learning_rate(rates, training.optim.value, model)
         set_seed(training.seed)
         trainer = Trainer(
-            model=build_model(model, label_names, processor),
+            model=build_model(model, labels, processor),
             args=training,
             train_dataset=splits["train"],
             eval_dataset=splits["validation"],

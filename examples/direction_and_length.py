@@ -5,25 +5,22 @@
     python examples/direction_and_length.py --output_dir out --train_file train.parquet --test_file test.parquet \
         --epochs 16 --nsf_rates 0.003 0.01 --lcam_rates 0.03 0.1 --bf16     # images, such as CIFAR-10
 
-A step is a direction times a length. Of a tensor, a = m / (sqrt(v) + eps) is Adam's step and r = m / (v^p + eps) that
-of NSF's paper (arXiv 2509.04713). So there are four methods: AdamW has direction and length of a, the paper's formula
-those of r; one has a's direction with r's length, and one r's direction with a's length, as grafting="adam" has.
-
-Momentum is undamped, so the momentum mu of LCAM (arXiv 2309.02130) changes both the memory of a step and its length, by
-1 / c with c = (1 - mu) / 0.1. SGD 0.9 with its rate divided by c has the length alone, LCAM with its rate multiplied by
-c the memory alone; SGD 0.9 with its rate doubled at random has such lengths, but they do not depend on the loss.
+Of a tensor, a = m / (sqrt(v) + eps) is Adam's step and r = m / (v^p + eps) that of NSF's paper (arXiv 2509.04713).
+AdamW has direction and length of a, the paper's formula those of r, and grafting="adam" r's direction with a's length;
+the fourth has a's direction with r's length. Momentum is undamped, so the momentum mu of LCAM (arXiv 2309.02130)
+changes both the memory of a step and its length, by 1 / c with c = (1 - mu) / 0.1. SGD 0.9 with its rate divided by c
+has the length alone, LCAM with its rate multiplied by c the memory alone; SGD 0.9 with its rate doubled at random has
+such lengths, but they do not depend on the loss.
 
 Rates are constant but for two schedules beside AdamW. Accuracies are means over the last epochs, on test data; rates
 are chosen on validation data; differences are paired by seed. Rerun the command to resume: each training is a file.
 """
 
-from __future__ import annotations
-
-import argparse
-import itertools
 import json
 import os
 from contextlib import suppress
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +28,15 @@ import joblib
 import numpy as np
 import torch
 from classification import DataTrainingArguments, one_sentence
-from embedded_data import SPLITS
-from figures import command, markdown, over_seeds, subplots, write
+from embedded_data import SPLITS, load_bags
+from figures import make_parser, markdown, over_seeds, plus_minus, positive, subplots, write
 from image_classification import ModelArguments, build_model, prepare
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from what_p_does import load_bags
 
 from hf_nsf import LCAM, LossPhase, p_schedule
 
-Data = dict[str, tuple[np.ndarray, np.ndarray]]
+Data = dict[str, tuple[Tensor, Tensor]]
 KEYS = ("family", "variant", "role", "rate", "seed")  # of a training
 NAMES = {
     "nsf": {
@@ -61,14 +57,8 @@ NAMES = {
     },
 }
 # Of the six, in order: one colour for each in all panels; dashes show what lies below.
-STYLES: list[dict[str, Any]] = [
-    {"color": "#000000", "linewidth": 2},
-    {"color": "#D55E00", "linewidth": 4, "alpha": 0.6},
-    {"color": "#0072B2", "linewidth": 2, "linestyle": (0, (4, 2))},
-    {"color": "#009E73", "linewidth": 2},
-    {"color": "#CC79A7", "linewidth": 1.5, "linestyle": ":"},
-    {"color": "#888888", "linewidth": 1.5, "linestyle": "-."},
-]
+COLORS = ["#000000", "#D55E0099", "#0072B2", "#009E73", "#CC79A7", "#888888"]
+DASHES, WIDTHS = ["-", "-", (0, (4, 2)), "-", ":", "-."], [2, 4, 2, 2, 1.5, 1.5]
 VARIED = ("both", "length", "direction")  # of each variant: an end of p's cycle, or a pair of momenta (low, high)
 PAIRS = [(0.9, 0.95), (0.95, 0.9)]
 CYCLES = 3.5  # of p and of the cyclic rate: both end at their lowest
@@ -106,20 +96,18 @@ class DirectionAndLength(torch.optim.Optimizer):
 def load_data(train_file: str | None, test_file: str | None) -> Data:
     """Load inputs and labels of each split: images as bytes, or which of the commonest words a docstring has."""
     if train_file is None:
-        bags = dict(zip(SPLITS, load_bags(), strict=True))
-        common = np.sort(np.argsort(-np.asarray(bags["train"][0].sum(0))[0], kind="stable")[:WORDS])
-        return {name: (x[:, common].toarray().astype(np.uint8), y) for name, (x, y) in bags.items()}
+        return {name: (torch.tensor(x), torch.tensor(y)) for name, (x, y) in load_bags(WORDS).items()}
     sizes = {"max_train_samples": TRAIN_IMAGES, "max_eval_samples": TEST_IMAGES}
     arguments = DataTrainingArguments(train_file=train_file, test_file=test_file, **sizes)
     with one_sentence():
-        images, _, _ = prepare(ModelArguments(image_size=IMAGE_SIZE), arguments)
-    return {name: (split.images.numpy(), split.labels.numpy()) for name, split in images.items()}
+        splits, _, _ = prepare(ModelArguments(image_size=IMAGE_SIZE), arguments)
+    return {name: (split.images, split.labels) for name, split in splits.items()}
 
 
-def build(inputs: np.ndarray, classes: int) -> nn.Module:
+def build(inputs: Tensor, classes: int) -> nn.Module:
     """Make a network for images, or for bags of words."""
     if inputs.ndim == 4:
-        resnet = build_model(ModelArguments(architecture="wrn-10-1"), [str(label) for label in range(classes)])
+        resnet = build_model(ModelArguments(architecture="wrn-10-1"), {"num_labels": classes})
         return nn.Sequential(resnet.body, resnet.head).to(memory_format=torch.channels_last)
     layers = [nn.Dropout(0.5), nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, classes)]
     return nn.Sequential(*layers)
@@ -131,23 +119,20 @@ def train(
     """Train once; return the test's accuracy and loss after each epoch, the validation's in the last, and more."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)  # the same first weights, batches and dropout for all methods
-    tensors = {name: tuple(torch.from_numpy(np.array(part)) for part in split) for name, split in data.items()}
-    x, y = tensors["train"]
-    model = build(data["train"][0], int(y.max()) + 1)
+    x, y = data["train"]
+    model = build(x, int(y.max()) + 1)
     updates = epochs * (len(y) // BATCH)
-
-    def cosine(high: float, low: float, cycles: float) -> list[float]:
-        return p_schedule(range(updates), p_max=high, p_min=low, cycles=cycles, total_steps=updates)
+    cosine = partial(p_schedule, range(updates), total_steps=updates)  # of p, and of the rate as well
 
     factors: Any = [1.0] * updates
-    if role in ("cosine", "cyclic"):  # p's cosine serves for a rate as well
-        factors = cosine(1, 0, CYCLES if role == "cyclic" else 0.5)
+    if role in ("cosine", "cyclic"):
+        factors = cosine(p_max=1, p_min=0, cycles=CYCLES if role == "cyclic" else 0.5)
     elif role == "random":
         factors = (1.0 + np.random.default_rng(seed).integers(2, size=updates)).tolist()
     phase = None
     if family == "nsf":
         direction, length = ("nsf" if role in ("both", part) else "adam" for part in ("direction", "length"))
-        exponents = [0.5] * updates if variant is None else cosine(0.5, variant, CYCLES)
+        exponents = cosine(p_max=0.5, p_min=0.5 if variant is None else variant, cycles=CYCLES)
         optimizer: Any = DirectionAndLength(model.parameters(), rate, exponents, direction, length)
     else:
         sgd = (0.95, 0.95) if role == "0.95" else (0.9, 0.9)
@@ -156,8 +141,7 @@ def train(
         phase = LossPhase(optimizer)
 
     def logits(inputs: Tensor) -> Tensor:
-        is_image = inputs.ndim == 4
-        inputs = (inputs / 127.5 - 1).to(memory_format=torch.channels_last) if is_image else inputs.float()
+        inputs = inputs / 127.5 - 1 if inputs.ndim == 4 else inputs.float()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             return model(inputs).float()
 
@@ -181,7 +165,7 @@ def train(
                 phase.step(loss.detach())
         model.eval()
         for name in SPLITS[1:] if epoch >= epochs - max(LAST.values()) else ("test",):
-            inputs, labels = tensors[name]
+            inputs, labels = data[name]
             with torch.inference_mode():
                 outputs = torch.cat([logits(part) for part in inputs.split(500)])
             found[f"{name}_accuracy"].append((outputs.argmax(1) == labels).float().mean().item())
@@ -198,85 +182,71 @@ def train_to_file(folder: Path, training: tuple[Any, ...], setting: dict[str, An
         if held["training"] == asked:
             return held["found"]
     found = train(*training, setting["epochs"], setting["bf16"], data)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"training": asked, "found": found}) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_text(json.dumps({"training": asked, "found": found}) + "\n", encoding="utf-8")
+    os.replace(partial_file, file)
     return found
 
 
-def plan(options: argparse.Namespace) -> list[tuple[Any, ...]]:
-    """All trainings, seed by seed, so that those of the first seeds are there first."""
-    trainings = []
-    for seed, family in itertools.product(range(options.seeds), NAMES):
-        for role, rate in itertools.product(NAMES[family], getattr(options, f"{family}_rates")):
-            variants = {"nsf": options.p_min, "lcam": PAIRS}[family] if role in VARIED else [None]
-            trainings += [(family, variant, role, rate, seed) for variant in variants]
-    return trainings
+def summarise(family: str, variant: Any, rates: list[float], seeds: int, runs: dict[Any, Any]) -> dict[str, Any]:
+    """Return the figures of one panel: of one end of p's cycle, or of one pair of momenta."""
+    last = LAST[family]
+    own = {
+        training[2:]: found for training, found in runs.items() if training[:2] in ((family, variant), (family, None))
+    }
+
+    def values(role: str, key: str) -> np.ndarray:  # of shape (seeds, rates, epochs)
+        return np.array([[own[role, rate, seed][key] for rate in rates] for seed in range(seeds)])
+
+    accuracy, chosen, methods = {}, {}, {}  # test accuracy in % of each seed: at all rates, at the chosen one
+    for role, name in NAMES[family].items():
+        accuracy[role] = 100 * values(role, "test_accuracy")[..., -last:].mean(-1)
+        validation = 100 * values(role, "validation_accuracy")[..., -last:].mean((0, 2))
+        chosen[role] = accuracy[role][:, validation.argmax()]
+        methods[role] = {
+            "name": name,
+            "chosen_rate": rates[validation.argmax()],
+            "validation_accuracy": validation,
+            "test_accuracy": over_seeds(accuracy[role]),
+            "test_loss": over_seeds(values(role, "test_loss")[..., -last:].mean(-1)),
+            "curves": 100 * values(role, "test_accuracy").mean(0),
+        }
+        if family == "lcam":
+            methods[role]["low_share"] = over_seeds(values(role, "low_share"))
+    drawn = np.mean([methods[role]["validation_accuracy"] for role in ("base", *VARIED)], 0).argmax()
+    curves = {role: method["curves"][drawn] for role, method in methods.items()}
+    pairs = [("length", "base"), ("direction", "base"), *(("both", role) for role in methods if role != "both")]
+    differences = [
+        {
+            "of": methods[one]["name"],
+            "to": methods[other]["name"],
+            "same_rate": over_seeds(accuracy[one] - accuracy[other]),
+            "chosen_rates": over_seeds(chosen[one] - chosen[other]),
+            "curves_apart": float(np.abs(curves[one] - curves[other]).mean()),
+        }
+        for one, other in pairs
+    ]
+    return {"rates": rates, "drawn_rate": rates[drawn], "methods": methods, "differences": differences}
 
 
-def summarise(options: argparse.Namespace, runs: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures of each panel: one for each end of p's cycle, and one for each pair of momenta."""
-    panels = {}
-    for family, variant in [*(("nsf", p_min) for p_min in options.p_min), *(("lcam", pair) for pair in PAIRS)]:
-        rates, last = getattr(options, f"{family}_rates"), LAST[family]
-        methods: dict[str, Any] = {}
-        finals, chosen = {}, {}  # test accuracy in % of all rates and seeds, and of the rate chosen on validation
-        for role, name in NAMES[family].items():
-            which = variant if role in VARIED else None
-            own = [[runs[family, which, role, rate, seed] for seed in range(options.seeds)] for rate in rates]
-            # Of shape (rates, seeds, epochs).
-            values = {key: np.array([[run[key] for run in some] for some in own]) for key in own[0][0]}
-            finals[role] = 100 * values["test_accuracy"][..., -last:].mean(-1)
-            validation = 100 * values["validation_accuracy"][..., -last:].mean((1, 2))
-            chosen[role] = finals[role][validation.argmax()]
-            methods[role] = {
-                "name": name,
-                "chosen_rate": rates[validation.argmax()],
-                "validation_accuracy": validation,
-                "test_accuracy": over_seeds(finals[role].T),
-                "test_loss": over_seeds(values["test_loss"][..., -last:].mean(-1).T),
-                "curves": 100 * values["test_accuracy"].mean(1),
-            }
-            if family == "lcam":
-                methods[role]["low_share"] = over_seeds(values["low_share"].T)
-        drawn = np.mean([methods[role]["validation_accuracy"] for role in ("base", *VARIED)], 0).argmax()
-        curves = {role: method["curves"][drawn] for role, method in methods.items()}
-        pairs = [("length", "base"), ("direction", "base"), *(("both", role) for role in methods if role != "both")]
-        differences = [
-            {
-                "of": methods[one]["name"],
-                "to": methods[other]["name"],
-                "same_rate": over_seeds((finals[one] - finals[other]).T),
-                "chosen_rates": over_seeds(chosen[one] - chosen[other]),
-                "curves_apart": float(np.abs(curves[one] - curves[other]).mean()),
-            }
-            for one, other in pairs
-        ]
-        title = f"NSF, p from 1/2 to {variant:g}" if family == "nsf" else "LCAM, low {}, high {}".format(*variant)
-        panels[title] = {"rates": rates, "drawn_rate": rates[drawn], "methods": methods, "differences": differences}
-    return panels
-
-
-def tables(panels: dict[str, Any]) -> str:
-    """Lay out the figures in Markdown."""
-    text = ""
-    for title, panel in panels.items():
-        rates = [f"rate {rate:g}" for rate in panel["rates"]]
-        rows: list[list[Any]] = [["test accuracy, % (loss)", *rates]]
-        for method in panel["methods"].values():
-            rows.append([method["name"]])
-            for k, (mean, error) in enumerate(method["test_accuracy"].T):
-                cell = f"{mean:.1f} ± {error:.1f} ({method['test_loss'][0, k]:.3f})"
-                cell = f"**{cell}**" if panel["rates"][k] == method["chosen_rate"] else cell
-                rows[-1].append(f"{cell}, {method['low_share'][0, k]:.2f} low" if "low_share" in method else cell)
-        heads = ["difference, points", *rates, "at the chosen rates", f"curves apart, rate {panel['drawn_rate']:g}"]
-        differences = []
-        for pair in panel["differences"]:
-            figures = [*pair["same_rate"].T, pair["chosen_rates"]]
-            cells = ["{:+.1f} ± {:.1f}".format(*each) for each in figures]
-            differences.append([f"{pair['of']} - {pair['to']}", *cells, f"{pair['curves_apart']:.1f}"])
-        text += f"\n## {title}\n\n{markdown(*rows)}\n{markdown(heads, *differences)}"
-    return text
+def tables(panel: dict[str, Any]) -> str:
+    """Lay out the figures of a panel in Markdown."""
+    rates = [f"rate {rate:g}" for rate in panel["rates"]]
+    rows = []
+    for method in panel["methods"].values():
+        row = [method["name"]]
+        for k, rate in enumerate(panel["rates"]):
+            cell = f"{plus_minus(method['test_accuracy'][:, k])} ({method['test_loss'][0, k]:.3f})"
+            cell = f"**{cell}**" if rate == method["chosen_rate"] else cell
+            row.append(f"{cell}, {method['low_share'][0, k]:.2f} low" if "low_share" in method else cell)
+        rows.append(row)
+    text = markdown(["test accuracy, % (loss)", *rates], *rows)
+    heads = ["difference, points", *rates, "at the chosen rates", f"curves apart, rate {panel['drawn_rate']:g}"]
+    rows = [
+        [f"{pair['of']} - {pair['to']}", *pair["same_rate"].T, pair["chosen_rates"], f"{pair['curves_apart']:.1f}"]
+        for pair in panel["differences"]
+    ]
+    return f"{text}\n{markdown(heads, *rows, sign='+')}"
 
 
 def draw(panels: dict[str, Any]) -> Any:
@@ -284,62 +254,60 @@ def draw(panels: dict[str, Any]) -> Any:
     figure, axes = subplots(len(panels), 2, 14, 4.2 * len(panels))
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     for (title, panel), (curves, finals) in zip(panels.items(), axes, strict=True):
-        drawn = panel["rates"].index(panel["drawn_rate"])
-        for method, style in zip(panel["methods"].values(), STYLES, strict=True):
-            curve = method["curves"][drawn]
-            curves.plot(range(1, 1 + len(curve)), curve, label=method["name"], **style)
-            finals.errorbar(panel["rates"], *method["test_accuracy"], capsize=3, marker="o", markersize=4, **style)
-        curves.set(title=f"{next(letters)}. {title}, rate {panel['drawn_rate']:g}", xlabel="epoch")
-        finals.set(title=f"{next(letters)}. The same, all rates", xlabel="learning rate", xscale="log")
-        finals.set_xticks(panel["rates"], [f"{rate:g}" for rate in panel["rates"]])
+        rates, rate = panel["rates"], panel["drawn_rate"]
+        for method, color, dash, width in zip(panel["methods"].values(), COLORS, DASHES, WIDTHS, strict=True):
+            style = {"color": color, "linestyle": dash, "linewidth": width, "label": method["name"]}
+            curve = method["curves"][rates.index(rate)]
+            curves.plot(range(1, 1 + len(curve)), curve, **style)
+            finals.errorbar(rates, *method["test_accuracy"], capsize=3, marker="o", markersize=4, **style)
+        curves.set(title=f"{next(letters)}. {title}, rate {rate:g}", xlabel="epoch", ylabel="test accuracy (%)")
+        finals.set(title=f"{next(letters)}. The same, all rates", xlabel="learning rate", ylabel="test accuracy (%)")
+        finals.set_xscale("log")
+        finals.set_xticks(rates, [f"{rate:g}" for rate in rates])
         finals.minorticks_off()
-        for axis in (curves, finals):
-            axis.set_ylabel("test accuracy (%)")
         finals.legend(*curves.get_legend_handles_labels(), fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
-def main(args: list[str] | None = None) -> dict[str, Any]:
-    """Train, write and print; returns the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(args: list[str] | None = None) -> None:
+    """Train, write and print."""
+    parser = make_parser(__doc__, seeds=5)
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="of direction_and_length.json, .md and .png, and of runs/")
     add("--train_file", help="images and labels, as in image_classification.py (default: docstrings)")
     add("--test_file", help="with --train_file, whose rest is for validation")
-    add("--epochs", type=int, default=8, help="(default: 8)")
-    add("--seeds", type=int, default=5, help="number of seeds (default: 5)")
+    add("--epochs", type=positive, default=8, help="(default: 8)")
     add("--p_min", type=float, nargs="+", default=[0.25, 0.0, -0.25], help="ends of p's cycle from 1/2")
     add("--nsf_rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2], help="learning rates of AdamW and NSF")
     add("--lcam_rates", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="learning rates of SGD and LCAM")
     add("--bf16", action="store_true", help="compute in bfloat16 under autocast")
-    add("--jobs", type=int, default=joblib.cpu_count(), help="trainings at a time (default: one a core)")
     options = parser.parse_args(args)
-    for name in ("epochs", "seeds", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: give 1 or more")
     if (options.train_file is None) != (options.test_file is None):
         parser.error("--train_file and --test_file: give both or neither")
+    data = load_data(options.train_file, options.test_file)
     folder = options.output_dir / "runs"
     folder.mkdir(parents=True, exist_ok=True)
+
+    panels: dict[str, Any] = {f"NSF, p from 1/2 to {p:g}": ("nsf", p, options.nsf_rates) for p in options.p_min}
+    panels |= {f"LCAM, low {low}, high {high}": ("lcam", (low, high), options.lcam_rates) for low, high in PAIRS}
+    # Seed by seed, so that the first seeds are there first; the panels of a family share what does not vary.
+    trainings = dict.fromkeys(
+        (family, variant if role in VARIED else None, role, rate, seed)
+        for seed in range(options.seeds)
+        for family, variant, rates in panels.values()
+        for role, rate in product(NAMES[family], rates)
+    )
     setting = {name: getattr(options, name) for name in ("train_file", "test_file", "epochs", "bf16")}
-    data = load_data(options.train_file, options.test_file)
-    trainings = plan(options)
     jobs = (joblib.delayed(train_to_file)(folder, training, setting, data) for training in trainings)
-    runs = {}
-    for training, found in zip(trainings, joblib.Parallel(options.jobs, return_as="generator")(jobs), strict=True):
-        runs[training] = found
-        shown = " ".join(str(value) for value in training if value is not None)
-        print(f"{len(runs)} of {len(trainings)}: {shown}: {found['test_accuracy'][-1]:.4f}", flush=True)
-    panels = summarise(options, runs)
+    runs = dict(zip(trainings, joblib.Parallel(options.jobs, verbose=10)(jobs), strict=True))
+    panels = {title: summarise(*panel, options.seeds, runs) for title, panel in panels.items()}
+
     sizes = {name: len(labels) for name, (_, labels) in data.items()}
-    results = {"command": command(__file__, args), "seeds": options.seeds, "epochs": options.epochs, "rows": sizes}
-    results |= {"last_epochs": LAST, "panels": panels}
     text = "{} rows to train, {} for validation, {} to test; ".format(*sizes.values())
     text += f"{options.seeds} seeds, mean ± standard error; final accuracy is the mean over the last epochs, "
     text += "{nsf} (NSF) or {lcam} (LCAM).\n**Bold**: the rate chosen on validation.\n".format(**LAST)
-    name = options.output_dir / "direction_and_length"
-    write(name, results["command"], results, text + tables(panels), draw(panels))
-    return results
+    text += "".join(f"\n## {title}\n\n{tables(panel)}" for title, panel in panels.items())
+    results = {"seeds": options.seeds, "epochs": options.epochs, "rows": sizes, "last_epochs": LAST, "panels": panels}
+    write(options.output_dir, __file__, args, results, text, draw(panels))
 
 
 if __name__ == "__main__":

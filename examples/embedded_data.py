@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data without a network: scikit-learn's digits, and sentences of the docstrings of Python's standard library."""
 
-from __future__ import annotations
-
 import ast
 import random
 import re
@@ -15,6 +13,7 @@ import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from sklearn.datasets import load_digits
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import train_test_split
 
 SPLIT_SEED = 0
@@ -90,6 +89,15 @@ def load_docstring_sentences() -> DatasetDict:
             rows[split] += [{"text": text, "label": topic, "module": module} for text in texts_of[module]]
     features = Features({"text": Value("string"), "label": ClassLabel(names=[*texts]), "module": Value("string")})
     return DatasetDict({split: Dataset.from_list(rows[split], features=features) for split in SPLITS})
+
+
+def load_bags(size: int | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Load which words each docstring sentence has, of all or of the `size` commonest, and its topic."""
+    splits = load_docstring_sentences()
+    vectorizer = CountVectorizer(binary=True, min_df=2, dtype=np.uint8).fit(splits["train"]["text"][:])
+    bags = {name: vectorizer.transform(splits[name]["text"][:]).toarray() for name in SPLITS}
+    common = np.sort(np.argsort(-bags["train"].sum(0, dtype=int), kind="stable")[:size])
+    return {name: (bags[name][:, common], np.array(splits[name]["label"][:])) for name in SPLITS}
 
 
 def hidden_words() -> set[str]:

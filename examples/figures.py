@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples that write results share: means over seeds, tables in Markdown, and the files."""
+"""What the examples that write results share: options, means over seeds, tables in Markdown, and the files."""
 
-from __future__ import annotations
-
+import argparse
 import json
 import shlex
 import sys
@@ -12,6 +11,23 @@ from typing import Any
 import numpy as np
 
 
+def positive(text: str) -> int:
+    """Read an option that counts something."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
+    return int(text)
+
+
+def make_parser(description: str | None, seeds: int | None = None) -> argparse.ArgumentParser:
+    """Make a parser with the options that the examples share; those with seeds repeat their trainings."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results")
+    if seeds is not None:
+        parser.add_argument("--seeds", type=positive, default=seeds, help=f"number of seeds (default: {seeds})")
+        parser.add_argument("--jobs", type=positive, default=-1, help="trainings at a time (default: one a core)")
+    return parser
+
+
 def over_seeds(values: Any) -> np.ndarray:
     """Mean over the first dimension, that of the seeds, and its standard error, stacked."""
     values = np.asarray(values)
@@ -19,21 +35,22 @@ def over_seeds(values: Any) -> np.ndarray:
     return np.stack([values.mean(0), error])
 
 
-def markdown(*rows: list[Any]) -> str:
+def plus_minus(figure: np.ndarray, sign: str = "") -> str:
+    """Show a mean and its standard error; the sign "+" is shown on positive means, too."""
+    mean, error = figure
+    return "-" if np.isnan(mean) else f"{mean:{sign}.1f} ± {error:.1f}"
+
+
+def markdown(*rows: list[Any], sign: str = "") -> str:
     """Lay out a table, the heads first; an array is a mean and its standard error."""
 
     def shown(cell: Any) -> str:
-        if not isinstance(cell, np.ndarray):
-            return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
-        return "-" if np.isnan(cell).any() else "{:.1f} ± {:.1f}".format(*cell)
+        if isinstance(cell, np.ndarray):
+            return plus_minus(cell, sign)
+        return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
 
-    lines = [f"| {' | '.join(map(shown, row))} |\n" for row in rows]
-    return "".join([lines[0], "|" + " --- |" * len(rows[0]) + "\n", *lines[1:]])
-
-
-def command(script: str, args: list[str] | None) -> str:
-    """The command line of an example."""
-    return f"python examples/{Path(script).name} {shlex.join(sys.argv[1:] if args is None else args)}"
+    heads, *lines = [f"| {' | '.join(map(shown, row))} |\n" for row in rows]
+    return "".join([heads, "|" + " --- |" * len(rows[0]) + "\n", *lines])
 
 
 def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
@@ -46,15 +63,21 @@ def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any,
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def write(name: Path, command_line: str, results: dict[str, Any], text: str, figure: Any = None) -> None:
-    """Write NAME.json, with what `over_seeds` made as mean and error, NAME.md with the command, and NAME.png."""
+def write(
+    folder: Path, script: str, args: list[str] | None, results: dict[str, Any], text: str, figure: Any = None
+) -> None:
+    """Write SCRIPT.json, with arrays as lists, SCRIPT.md and SCRIPT.png; both texts have the command."""
 
     def as_lists(x: np.ndarray) -> Any:
         return np.where(np.isnan(x), None, np.round(x.astype(float), 5)).tolist()  # JSON has no NaN
 
-    name.parent.mkdir(parents=True, exist_ok=True)
-    name.with_suffix(".json").write_text(json.dumps(results, indent=1, default=as_lists) + "\n", encoding="utf-8")
-    name.with_suffix(".md").write_text(f"`{command_line}`\n\n{text}", encoding="utf-8")
+    file = Path(script)
+    command = f"python examples/{file.name} {shlex.join(sys.argv[1:] if args is None else args)}"
+    name = folder / file.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    as_json = json.dumps({"command": command, **results}, indent=1, default=as_lists)
+    name.with_suffix(".json").write_text(as_json + "\n", encoding="utf-8")
+    name.with_suffix(".md").write_text(f"`{command}`\n\n{text}", encoding="utf-8")
     if figure is not None:
         figure.savefig(name.with_suffix(".png"), dpi=100)
     print(text)

@@ -13,8 +13,6 @@ On CIFAR-10 the second has the network, learning rate and weight decay of LCAM's
 decoded once and kept in memory; with a pretrained one they load on demand.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -133,9 +131,8 @@ class WideResNet(PreTrainedModel):
         return ImageClassifierOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
 
 
-def build_model(arguments: ModelArguments, label_names: list[str], processor: Any = None) -> PreTrainedModel:
+def build_model(arguments: ModelArguments, labels: dict[str, Any], processor: Any = None) -> PreTrainedModel:
     """Load the pretrained model, or make a new wide ResNet, for the given labels."""
-    labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: k for k, name in enumerate(label_names)}}
     if arguments.model_name_or_path is not None:
         name = arguments.model_name_or_path
         return AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
@@ -146,23 +143,23 @@ def build_model(arguments: ModelArguments, label_names: list[str], processor: An
 
 
 def prepare(model_arguments: ModelArguments, data_arguments: DataTrainingArguments) -> tuple[dict[str, Any], Any, Any]:
-    """Load all but the model: the splits ready for training, the names of the labels, and an image processor if any."""
-    splits = load_splits(data_arguments, load_digits_images, "image", "img").cast_column("image", Image(mode="RGB"))
-    names = splits["train"].features["labels"].names
+    """Load all but the model: the splits ready for training, the labels, and an image processor if any."""
+    splits, labels = load_splits(data_arguments, load_digits_images, "image", "img")
+    splits = splits.cast_column("image", Image(mode="RGB"))
     if model_arguments.model_name_or_path is None:
         size = None if model_arguments.image_size is None else (model_arguments.image_size,) * 2
         data = {}
         for name, split in splits.items():
             data[name] = ImagesInMemory(split, size, augment=name == "train" and model_arguments.augment)
             size = data["train"].size
-        return data, names, None
+        return data, labels, None
     processor = AutoImageProcessor.from_pretrained(model_arguments.model_name_or_path)
 
     def transform(batch: dict[str, list]) -> dict[str, Any]:
         pixels = processor(batch["image"], return_tensors="pt")["pixel_values"]
         return {"pixel_values": list(pixels), "labels": batch["labels"]}
 
-    return {name: split.with_transform(transform) for name, split in splits.items()}, names, processor
+    return {name: split.with_transform(transform) for name, split in splits.items()}, labels, processor
 
 
 def main(args: list[str] | None = None) -> None:

@@ -11,8 +11,6 @@ without a network:
         --model_name_or_path sentence-transformers/all-MiniLM-L6-v2
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +60,9 @@ def train_tokenizer(texts: list[str], vocabulary_size: int) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **SPECIAL_TOKENS)
 
 
-def prepare(model_arguments: ModelArguments, data_arguments: DataTrainingArguments) -> tuple[Any, list[str], Any]:
-    """Load all but the model: the splits as tokens, the names of the labels, and the tokenizer."""
-    splits = load_splits(data_arguments, load_docstring_sentences, "text", "sentence")
+def prepare(model_arguments: ModelArguments, data_arguments: DataTrainingArguments) -> tuple[Any, Any, Any]:
+    """Load all but the model: the splits as tokens, the labels, and the tokenizer."""
+    splits, labels = load_splits(data_arguments, load_docstring_sentences, "text", "sentence")
     for name, split in splits.items():
         if not all(isinstance(text, str) for text in split["text"]):
             raise ValueError(f"The texts of the {name} split must be strings; some are not, or are missing.")
@@ -76,13 +74,11 @@ def prepare(model_arguments: ModelArguments, data_arguments: DataTrainingArgumen
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
         return tokenizer(batch["text"], truncation=True, max_length=model_arguments.max_length)
 
-    names = splits["train"].features["labels"].names
-    return splits.map(tokenize, batched=True, remove_columns=["text"]), names, tokenizer
+    return splits.map(tokenize, batched=True, remove_columns=["text"]), labels, tokenizer
 
 
-def build_model(arguments: ModelArguments, label_names: list[str], tokenizer: Any) -> PreTrainedModel:
+def build_model(arguments: ModelArguments, labels: dict[str, Any], tokenizer: Any) -> PreTrainedModel:
     """Load the pretrained model, or make a small ModernBERT, for the given labels."""
-    labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: k for k, name in enumerate(label_names)}}
     if arguments.model_name_or_path is not None:
         name = arguments.model_name_or_path
         return AutoModelForSequenceClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)

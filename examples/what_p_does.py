@@ -13,21 +13,16 @@ In each, p is constant and all else is equal; figures are means over the seeds w
 resists rare features that mislead was seen in this linear problem only.
 """
 
-from __future__ import annotations
-
-import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
 import torch
-from embedded_data import SPLITS, load_docstring_sentences
-from figures import command, markdown, over_seeds, subplots, write
-from sklearn.feature_extraction.text import CountVectorizer
+from embedded_data import load_bags
+from figures import make_parser, markdown, over_seeds, subplots, write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 
@@ -80,6 +75,18 @@ def draw_environment(rows: int, agreement: float, generator: torch.Generator) ->
     return torch.cat(parts, 1), labels[:, 0]
 
 
+def fit_linear(
+    loss: Callable[[Tensor, Tensor], Tensor], optimizer: Any, x: Tensor, y: Tensor, batches: Iterable[Tensor]
+) -> Tensor:
+    """Train the weights that the optimizer holds; returns them."""
+    (weights,) = optimizer.param_groups[0]["params"]
+    for rows in batches:
+        optimizer.zero_grad()
+        loss(x[rows] @ weights, y[rows]).backward()
+        optimizer.step()
+    return weights.detach()
+
+
 def rare_features(seed: int, rows: int = 4000, batch: int = 32) -> np.ndarray:
     """Experiment b: accuracies in %, of shape (methods, rates, 1 + environments); the first is the validation's."""
     generator = torch.Generator().manual_seed(seed)
@@ -89,48 +96,31 @@ def rare_features(seed: int, rows: int = 4000, batch: int = 32) -> np.ndarray:
     batches = torch.randint(rows, (STEPS, batch), generator=generator)
     accuracies = []
     for p, k in product((*EXPONENTS, None), range(len(RATES))):
-        weights = first.clone().requires_grad_()
-        optimizer: Any = torch.optim.SGD([weights], SGD_RATES[k], momentum=0.9)
+        params = [first.clone().requires_grad_()]
+        optimizer: Any = torch.optim.SGD(params, SGD_RATES[k], momentum=0.9)
         if p is not None:
-            optimizer = NSF([weights], RATES[k], p=p, weight_decay=0.0)
-        for chosen in batches:
-            optimizer.zero_grad()
-            softplus(-(x[chosen] @ weights) * y[chosen]).mean().backward()
-            optimizer.step()
+            optimizer = NSF(params, RATES[k], p=p, weight_decay=0.0)
+        weights = fit_linear(lambda z, y: softplus(-z * y).mean(), optimizer, x, y, batches)
         accuracies.append([100 * ((x @ weights) * y > 0).float().mean().item() for x, y in tests])
     return np.reshape(accuracies, (len(METHODS), len(RATES), -1))
 
 
 def worst_at_source(source: np.ndarray, worst: np.ndarray) -> float:
     """The worst environment's accuracy where that of the source first reaches `SOURCE`, between rates on a line."""
-    above = np.flatnonzero(source >= SOURCE)
-    if len(above) == 0 or above[0] == 0:
-        return math.nan
-    k = above[0]
-    return float(np.interp(SOURCE, source[k - 1 : k + 1], worst[k - 1 : k + 1]))
+    k = int(np.argmax(source >= SOURCE))  # 0 also where none reaches it
+    return float(np.interp(SOURCE, source[k - 1 : k + 1], worst[k - 1 : k + 1])) if k > 0 else math.nan
 
 
-def load_bags() -> list[tuple[Any, Any]]:
-    """The bag of words of each docstring sentence, as a sparse matrix, and the topics, for each split."""
-    splits = load_docstring_sentences()
-    vectorizer = CountVectorizer(binary=True, min_df=2, dtype=np.float32).fit(splits["train"]["text"][:])
-    return [(vectorizer.transform(splits[name]["text"][:]), np.array(splits[name]["label"][:])) for name in SPLITS]
-
-
-def rare_words(seed: int, bags: list[tuple[Any, Any]], batch: int = 64) -> np.ndarray:
+def rare_words(seed: int, bags: dict[str, tuple[np.ndarray, np.ndarray]], batch: int = 64) -> np.ndarray:
     """Experiment d: accuracies in %, of shape (exponents, rates, validation and test); each seed learns of 80 %."""
-    (x, y), *tests = [(torch.from_numpy(words.toarray()), torch.from_numpy(labels)) for words, labels in bags]
+    (x, y), *tests = [(torch.tensor(words).float(), torch.tensor(labels)) for words, labels in bags.values()]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(y), generator=generator)[: round(0.8 * len(y))]
     batches = rows[torch.randint(len(rows), (round(WORD_EPOCHS * len(rows) / batch), batch), generator=generator)]
     accuracies = []
     for p, lr in product(EXPONENTS, WORD_RATES):
         weights = torch.zeros(x.shape[1], int(y.max()) + 1, requires_grad=True)
-        optimizer = NSF([weights], lr, p=p, weight_decay=0.0)
-        for chosen in batches:
-            optimizer.zero_grad()
-            cross_entropy(x[chosen] @ weights, y[chosen]).backward()
-            optimizer.step()
+        weights = fit_linear(cross_entropy, NSF([weights], lr, p=p, weight_decay=0.0), x, y, batches)
         right = [(words @ weights).argmax(1) == labels for words, labels in tests]
         accuracies.append([100 * each.float().mean().item() for each in right])
     return np.reshape(accuracies, (len(EXPONENTS), len(WORD_RATES), 2))
@@ -161,38 +151,41 @@ def run(seeds: int, jobs: int) -> dict[str, Any]:
     }
     bags = load_bags()
     accuracy = each_seed(rare_words, bags)
-    best_words = accuracy[..., 0].mean(0).argmax(1)
+    best = accuracy[..., 0].mean(0).argmax(1)
     words = {
         "name": "topics of docstrings",
-        "words": bags[0][0].shape[1],
-        "chosen_rates": [WORD_RATES[k] for k in best_words],
-        "accuracy": over_seeds(accuracy[:, range(len(EXPONENTS)), best_words, 1]),
+        "words": bags["train"][0].shape[1],
+        "chosen_rates": [WORD_RATES[k] for k in best],
+        "accuracy": over_seeds(accuracy[:, range(len(EXPONENTS)), best, 1]),
     }
     return {"seeds": seeds, "methods": METHODS, "sines": sines, "features": features, "words": words}
+
+
+def table(title: str, heads: list[str], figures: np.ndarray, *labels: Iterable[Any]) -> str:
+    """Lay out figures, of shape (mean and error, rows, columns), behind the labels of the rows."""
+    rows = [[*label, *figures[:, k].T] for k, label in enumerate(zip(*labels, strict=True))]
+    return f"\n{title}\n\n{markdown(heads, *rows)}"
 
 
 def tables(results: dict[str, Any]) -> str:
     """Lay out all figures in Markdown."""
     a, b, d = (results[key] for key in ("sines", "features", "words"))
     text = f"{results['seeds']} seeds, mean ± standard error, in %.\n"
+    heads = ["p", *(f"sin {k} pi x" for k in FREQUENCIES)]
     for moment, errors in a.items():
-        heads = ["p", *(f"sin {k} pi x" for k in FREQUENCIES)]
-        rows = [[p, *errors[:, k].T] for k, p in enumerate(EXPONENTS)]
-        text += f"\na. Error of each sine {moment}, as a share of its amplitude\n\n" + markdown(heads, *rows)
-    for key, name in (("source", "where it learnt"), ("worst", "in the worst environment")):
-        rates = [f"rate {lr:g} (SGD {sgd:g})" for lr, sgd in zip(b["rates"], b["sgd_rates"], strict=True)]
-        rows = [[name, *b[key][:, k].T] for k, name in enumerate(METHODS)]
-        text += f"\nb. Rare features that mislead: accuracy {name}\n\n" + markdown(["", *rates], *rows)
+        text += table(f"a. Error of each sine {moment}, as a share of its amplitude", heads, errors, EXPONENTS)
+    heads = ["", *(f"rate {lr:g} (SGD {sgd:g})" for lr, sgd in zip(RATES, SGD_RATES, strict=True))]
+    for key, where in (("source", "where it learnt"), ("worst", "in the worst environment")):
+        text += table(f"b. Rare features that mislead: accuracy {where}", heads, b[key], METHODS)
     heads = ["", "best of all rates", f"at {SOURCE:g} % where it learnt"]
-    rows = [[name, b["best_worst"][:, k], b["worst_at_source"][:, k]] for k, name in enumerate(METHODS)]
-    text += "\nb. Accuracy in the worst environment\n\n" + markdown(heads, *rows)
+    figures = np.stack([b["best_worst"], b["worst_at_source"]], -1)
+    text += table("b. Accuracy in the worst environment", heads, figures, METHODS)
     heads = ["", "rate", *(f"{100 * agreement:g} % agree" for agreement in AGREEMENTS)]
-    chosen = b["environments_at_chosen_rates"]
-    rows = [[name, b["chosen_rates"][k], *chosen[:, k].T] for k, name in enumerate(METHODS)]
-    text += "\nc. Accuracy in each environment, rates chosen where it learnt\n\n" + markdown(heads, *rows)
-    rows = [[name, d["chosen_rates"][k], d["accuracy"][:, k]] for k, name in enumerate(METHODS[:-1])]
-    title = f"\nd. Rare words: {d['name']}, {d['words']} words: test accuracy, rates chosen on validation\n\n"
-    return text + title + markdown(["", "rate", "test accuracy"], *rows)
+    figures, rates = b["environments_at_chosen_rates"], b["chosen_rates"]
+    text += table("c. Accuracy in each environment, rates chosen where it learnt", heads, figures, METHODS, rates)
+    title = f"d. Rare words: {d['name']}, {d['words']} words: test accuracy, rates chosen on validation"
+    labels = METHODS[:-1], d["chosen_rates"]
+    return text + table(title, ["", "rate", "test accuracy"], d["accuracy"][..., None], *labels)
 
 
 def draw(results: dict[str, Any]) -> Any:
@@ -214,11 +207,11 @@ def draw(results: dict[str, Any]) -> Any:
         if k < len(EXPONENTS):
             label = f"{name}, rate {d['chosen_rates'][k]:g}"
             words.errorbar([EXPONENTS[k]], *d["accuracy"][:, [k]], linestyle="", label=label, **style)
-    sines.set_xticks(range(len(FREQUENCIES)), [rf"$\sin {k if k > 1 else ''}\pi x$" for k in FREQUENCIES])
     sines.set(title="a. Sum of sines: error of each", ylabel="% of its amplitude")
-    front.axvline(SOURCE, color="#888888", linestyle="--", linewidth=1)
+    sines.set_xticks(range(len(FREQUENCIES)), [rf"$\sin {k if k > 1 else ''}\pi x$" for k in FREQUENCIES])
     front.set(title="b. Rare features that mislead: all rates", xlabel="accuracy where it learnt (%)")
     front.set_ylabel("accuracy in the worst environment (%)")
+    front.axvline(SOURCE, color="#888888", linestyle="--", linewidth=1)
     environments.set(title="c. The same, rates chosen where it learnt", ylabel="accuracy (%)")
     environments.set_xlabel("rare features that agree with the label (%)")
     environments.invert_xaxis()
@@ -228,19 +221,11 @@ def draw(results: dict[str, Any]) -> Any:
     return figure
 
 
-def main(args: list[str] | None = None) -> dict[str, Any]:
-    """Run all three, write and print; returns the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="of what_p_does.json, .md and .png")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
-    parser.add_argument("--jobs", type=int, default=joblib.cpu_count(), help="processes (default: one a core)")
-    options = parser.parse_args(args)
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: give 1 or more")
-    results = {"command": command(__file__, args), **run(options.seeds, options.jobs)}
-    write(options.output_dir / "what_p_does", results["command"], results, tables(results), draw(results))
-    return results
+def main(args: list[str] | None = None) -> None:
+    """Run all three, write and print."""
+    options = make_parser(__doc__, seeds=5).parse_args(args)
+    results = run(options.seeds, options.jobs)
+    write(options.output_dir, __file__, args, results, tables(results), draw(results))
 
 
 if __name__ == "__main__":
