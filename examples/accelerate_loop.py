@@ -7,9 +7,8 @@ Data and model are those of image_classification.py, by default scikit-learn's d
     torchrun --nproc-per-node 2 examples/accelerate_loop.py --output_dir out --optim lcam --mixed_precision bf16
     accelerate launch examples/accelerate_loop.py --output_dir out --checkpointing_steps 9 --resume_from_checkpoint last
 
-NSF needs nothing but its constructor: p follows the number of its steps. LCAM needs a `LossPhase` that gets the loss of
-each update. The optimizer's state dict holds all state of both, so a resumed run ends with the bits of an uninterrupted
-one (unless the data set draws random numbers itself).
+NSF needs nothing but its constructor, LCAM a `LossPhase` that gets the loss of each update. The optimizer's state dict
+holds all state of both: a resumed run ends with the bits of a whole one, unless the data set draws random numbers.
 """
 
 import itertools

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Time NSF and LCAM beside torch's own optimizers, side by side in one run.
+"""Time NSF and LCAM beside torch's own optimizers, side by side in one run.
 
     python examples/benchmark.py --output_dir out                              all parts, about 10 minutes on 2 cores
     python examples/benchmark.py --output_dir out --parts steps --dtypes bfloat16 --shapes minilm llama --device cuda
-
-Prints Markdown tables and writes them to benchmark.md, and all figures to benchmark.json.
 
 `steps`: an optimizer step on the tensors of a model: milliseconds, MiB at its peak beyond what was there before it, and
 bytes of state a parameter. The candidates take turns, so that a change of the machine's load reaches all of them; times

@@ -67,10 +67,12 @@ BATCH, IMAGE_SIZE, TRAIN_IMAGES, TEST_IMAGES, WORDS = 64, 24, 5000, 2000, 2000
 
 
 class DirectionAndLength(torch.optim.Optimizer):
-    """Steps in the direction of one formula with the length of another ("adam" or "nsf"), tensor by tensor."""
+    """Steps in the direction of one formula with the length of another ("adam" or "nsf"), tensor by tensor.
+
+    `exponents` holds p of each step.
+    """
 
     def __init__(self, params: Any, lr: float, exponents: list[float], direction: str, length: str) -> None:
-        """`exponents` holds p of each step."""
         super().__init__(params, {"lr": lr})
         self.exponents, self.direction, self.length = exponents, direction, length
 

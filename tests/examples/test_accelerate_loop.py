@@ -4,8 +4,6 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +12,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from embedded_data import load_digits_images
+from forks import run_python
 from loop_jobs import run_job
+from trainer_runs import same
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_nsf import LCAM, LossPhase, p_schedule
@@ -63,17 +63,6 @@ def whole(optim):
 
 def losses(held):
     return [entry["loss"] for entry in held["report"]["log"]]
-
-
-def same(a, b):
-    """Bit for bit the same, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture(autouse=True)
@@ -203,20 +192,21 @@ def test_learns_the_digits(tmp_path):
 # ---- two processes
 
 
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node=2",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no "
+    "--dynamo_backend=no --main_process_port=0",
+}
+
+
 def launch(jobs, folder, launcher="torchrun"):
     """Run jobs under a launcher; return its process, and {job: what each rank held at its end} if it went well."""
     file = Path(folder, "jobs.json")
     file.write_text(json.dumps(jobs))
-    flags = {
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-                       "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"],
-    }[launcher]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    root = Path(__file__).parents[2]
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "examples")])
-    command = [sys.executable, "-m", *flags, str(root / "tests" / "support" / "loop_jobs.py"), str(file), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+    command = ["-m", *LAUNCHERS[launcher].split(), ROOT / "tests" / "support" / "loop_jobs.py", file, folder]
+    done = run_python(*command, **environment)
     if done.returncode != 0:
         return done, done.stderr[-3000:]
     load = functools.partial(torch.load, weights_only=False)
