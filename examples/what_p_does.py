@@ -75,18 +75,6 @@ def draw_environment(rows: int, agreement: float, generator: torch.Generator) ->
     return torch.cat(parts, 1), labels[:, 0]
 
 
-def fit_linear(
-    loss: Callable[[Tensor, Tensor], Tensor], optimizer: Any, x: Tensor, y: Tensor, batches: Iterable[Tensor]
-) -> Tensor:
-    """Train the weights that the optimizer holds; returns them."""
-    (weights,) = optimizer.param_groups[0]["params"]
-    for rows in batches:
-        optimizer.zero_grad()
-        loss(x[rows] @ weights, y[rows]).backward()
-        optimizer.step()
-    return weights.detach()
-
-
 def rare_features(seed: int, rows: int = 4000, batch: int = 32) -> np.ndarray:
     """Experiment b: accuracies in %, of shape (methods, rates, 1 + environments); the first is the validation's."""
     generator = torch.Generator().manual_seed(seed)
@@ -96,11 +84,14 @@ def rare_features(seed: int, rows: int = 4000, batch: int = 32) -> np.ndarray:
     batches = torch.randint(rows, (STEPS, batch), generator=generator)
     accuracies = []
     for p, k in product((*EXPONENTS, None), range(len(RATES))):
-        params = [first.clone().requires_grad_()]
-        optimizer: Any = torch.optim.SGD(params, SGD_RATES[k], momentum=0.9)
+        weights = first.clone().requires_grad_()
+        optimizer: Any = torch.optim.SGD([weights], SGD_RATES[k], momentum=0.9)
         if p is not None:
-            optimizer = NSF(params, RATES[k], p=p, weight_decay=0.0)
-        weights = fit_linear(lambda z, y: softplus(-z * y).mean(), optimizer, x, y, batches)
+            optimizer = NSF([weights], RATES[k], p=p, weight_decay=0.0)
+        for chosen in batches:
+            optimizer.zero_grad()
+            softplus(-(x[chosen] @ weights) * y[chosen]).mean().backward()
+            optimizer.step()
         accuracies.append([100 * ((x @ weights) * y > 0).float().mean().item() for x, y in tests])
     return np.reshape(accuracies, (len(METHODS), len(RATES), -1))
 
@@ -120,7 +111,11 @@ def rare_words(seed: int, bags: dict[str, tuple[np.ndarray, np.ndarray]], batch:
     accuracies = []
     for p, lr in product(EXPONENTS, WORD_RATES):
         weights = torch.zeros(x.shape[1], int(y.max()) + 1, requires_grad=True)
-        weights = fit_linear(cross_entropy, NSF([weights], lr, p=p, weight_decay=0.0), x, y, batches)
+        optimizer = NSF([weights], lr, p=p, weight_decay=0.0)
+        for chosen in batches:
+            optimizer.zero_grad()
+            cross_entropy(x[chosen] @ weights, y[chosen]).backward()
+            optimizer.step()
         right = [(words @ weights).argmax(1) == labels for words, labels in tests]
         accuracies.append([100 * each.float().mean().item() for each in right])
     return np.reshape(accuracies, (len(EXPONENTS), len(WORD_RATES), 2))
