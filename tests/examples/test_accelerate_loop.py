@@ -3,7 +3,6 @@
 
 import functools
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from embedded_data import load_digits_images
-from forks import run_python
+from forks import launch
 from loop_jobs import run_job
 from trainer_runs import same
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -192,27 +191,6 @@ def test_learns_the_digits(tmp_path):
 # ---- two processes
 
 
-ROOT = Path(__file__).parents[2]
-LAUNCHERS = {
-    "torchrun": "torch.distributed.run --standalone --nproc-per-node=2",
-    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no "
-    "--dynamo_backend=no --main_process_port=0",
-}
-
-
-def launch(jobs, folder, launcher="torchrun"):
-    """Run jobs under a launcher; return its process, and {job: what each rank held at its end} if it went well."""
-    file = Path(folder, "jobs.json")
-    file.write_text(json.dumps(jobs))
-    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
-    command = ["-m", *LAUNCHERS[launcher].split(), ROOT / "tests" / "support" / "loop_jobs.py", file, folder]
-    done = run_python(*command, **environment)
-    if done.returncode != 0:
-        return done, done.stderr[-3000:]
-    load = functools.partial(torch.load, weights_only=False)
-    return done, {job["name"]: [load(Path(folder, f"{job['name']}-{rank}.pt")) for rank in (0, 1)] for job in jobs}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("optim", "launcher"), [("lcam", "torchrun"), ("nsf", "torchrun"), ("nsf", "accelerate")])
 def test_two_processes(optim, launcher, tmp_path):
@@ -224,8 +202,8 @@ def test_two_processes(optim, launcher, tmp_path):
         {"name": "bf16", "args": command_line(tmp_path / "bf16", optim, "--mixed_precision", "bf16")},
         {"name": "odd", "args": command_line(tmp_path, optim, "--batch_size", 15)},
     ]  # fmt: skip
-    done, ranks = launch(jobs, tmp_path, launcher)
-    assert done.returncode == 0, ranks
+    done, ranks = launch("loop_jobs.py", jobs, tmp_path, launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "the batch size (15) needs to be a round multiple of the number of processes (2)" in ranks["odd"][0]["error"]
     for name in ("whole", "resumed", "plain", "bf16"):
         a, b = ranks[name]
@@ -245,10 +223,12 @@ def test_two_processes(optim, launcher, tmp_path):
 @pytest.mark.slow
 def test_two_processes_one_of_them_killed_while_saving(tmp_path):
     good, broken = (command_line(tmp_path / name, "lcam", "--resume_from_checkpoint", "last") for name in ("a", "b"))
-    killed, _ = launch([{"name": "killed", "args": broken, "killed_in_save": 3, "kill_rank": 1}], tmp_path)
+    job = {"name": "killed", "args": broken, "killed_in_save": 3, "kill_rank": 1}
+    killed, _ = launch("loop_jobs.py", [job], tmp_path)
     assert killed.returncode != 0
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"checkpoint-2", "checkpoint-4", "partial-checkpoint"}
-    done, ranks = launch([{"name": "whole", "args": good}, {"name": "broken", "args": broken}], tmp_path)
-    assert done.returncode == 0, ranks
+    jobs = [{"name": "whole", "args": good}, {"name": "broken", "args": broken}]
+    done, ranks = launch("loop_jobs.py", jobs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Resuming from") == 1 and "checkpoint-4" in done.stdout
     assert same(ranks["broken"], ranks["whole"])

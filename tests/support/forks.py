@@ -2,6 +2,7 @@
 """Processes of tests: scripts of this folder, and ranks as forks of one process, which saves them the imports."""
 
 import gc
+import json
 import os
 import signal
 import socket
@@ -17,8 +18,9 @@ SUPPORT = Path(__file__).parent
 
 
 def run_python(*arguments, timeout: int = 290, **environment: str) -> subprocess.CompletedProcess:
-    """Run Python with one thread, without a network, with this folder and the package on its path."""
-    paths = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1])])
+    """Run Python with one thread, without a network, with this folder, the package and the examples on its path."""
+    root = SUPPORT.parents[1]
+    paths = os.pathsep.join(map(str, (SUPPORT, root, root / "examples")))
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths, **environment}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -31,6 +33,27 @@ def run_checked(*arguments, **options) -> str:
     done = run_python(*arguments, **options)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-6000:]
     return done.stdout
+
+
+def launch(script: str, jobs: list[dict], folder: str | Path, launcher="torchrun", processes=2):
+    """Run a script of this folder under a launcher, by a JSON file of jobs; its finished process, and their results.
+
+    These are what each rank saved, {job: [rank 0, rank 1, ...]}, or {} if the launcher failed.
+    """
+    file = Path(folder, "jobs.json")
+    file.write_text(json.dumps(jobs))
+    command = {
+        "torchrun": ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}", "--num_machines=1",
+                       "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"],
+    }[launcher]  # fmt: skip
+    done = run_python("-m", *command, SUPPORT / script, file, folder, ACCELERATE_USE_CPU="true")
+    return done, {} if done.returncode else {job["name"]: load_job(job["name"], folder) for job in jobs}
+
+
+def load_job(name: str, folder: str | Path) -> list:
+    """What the ranks saved at the end of a job."""
+    return [torch.load(path, weights_only=True) for path in sorted(Path(folder).glob(f"{name}-?.pt"))]
 
 
 def save_jobs(jobs: list[dict], run_job: Callable, folder: str | Path) -> None:

@@ -3,7 +3,7 @@
 
 One process imports the libraries and then forks every training (one child per rank), so that a kill costs half a
 second and not ten. A child writes a byte at each step; the parent waits for a random step and a random moment within
-it and sends SIGKILL to all ranks, which also hits saves half-way. Called as
+it and sends SIGKILL to some ranks or all, which also hits saves half-way; the others end by themselves. Called as
 
     kill_chain.py FOLDER OPTIMIZER KILLS PROCESSES [STATE_DICT_TYPE]
 
@@ -71,7 +71,7 @@ def newest_checkpoint(folder, processes):
     return None
 
 
-def run(optimizer, folder, processes, state_dict, kill_after=None, delay=0.0):
+def run(optimizer, folder, processes, state_dict, kill_after=None, delay=0.0, killed=()):
     """Fork a training, from the newest checkpoint if there is one; whether it ended before it could be killed."""
     resume = newest_checkpoint(folder, processes)
     reading, writing = os.pipe()
@@ -82,8 +82,8 @@ def run(optimizer, folder, processes, state_dict, kill_after=None, delay=0.0):
         seen += 1
     if kill_after is not None and seen == kill_after:
         time.sleep(delay)
-        for child in children:
-            os.kill(child, signal.SIGKILL)
+        for rank in killed:
+            os.kill(children[rank], signal.SIGKILL)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     os.close(reading)
     if kill_after is None or -signal.SIGKILL not in codes:
@@ -106,7 +106,8 @@ def main(folder, optimizer, kills, processes, state_dict=None):
             if hit == kills:
                 break
             after, delay = draw.randint(1, 14), draw.uniform(0, SPAN[bool(state_dict)])
-            if not run(optimizer, broken, processes, state_dict, after, delay):
+            killed = draw.sample(range(processes), draw.randint(1, processes))
+            if not run(optimizer, broken, processes, state_dict, after, delay, killed):
                 hit += 1
                 resumed += newest_checkpoint(broken, processes) is not None
         run(optimizer, broken, processes, state_dict)

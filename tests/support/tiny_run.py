@@ -15,7 +15,6 @@ from trainer_runs import make_trainer as make_any
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 import hf_nsf
-from hf_nsf.optim import loss_phase
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SETTINGS = {
@@ -29,17 +28,6 @@ def make_trainer(folder, optimizer, dropout=0.0, callbacks=None, cls=Trainer, co
     settings = {**SETTINGS, "data": Rows(96), **changes}
     extra = {"callbacks": callbacks, "data_collator": collator}
     return make_any(folder, optimizer, cls=cls, dropout=dropout, extra=extra, **settings)
-
-
-class _Dies(TrainerCallback):
-    """Ends one process, as a crash does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step and RANK == 1:
-            os._exit(9)
 
 
 class _Collectives(TorchDispatchMode, TrainerCallback):
@@ -82,41 +70,25 @@ class _EmptyLast:
         return {name: value[: 0 if empty else None] for name, value in default_data_collator(rows).items()}
 
 
-@contextlib.contextmanager
-def _changed(job):
-    """For one job: LCAM decides from the losses of its own process, or transformers is without hf_nsf."""
-    reduced = loss_phase._mean_over_ranks
-    try:
-        if job.pop("local_losses", False):
-            loss_phase._mean_over_ranks = lambda loss, starts, device: (loss, starts)
-        if job.pop("unregistered", False):
-            hf_nsf.unregister()
-        yield
-    finally:
-        loss_phase._mean_over_ranks = reduced
-        hf_nsf.register()
-
-
 def run_job(job, folder):
     """Make one training; return its end and its events in this process."""
     others = job.get("on_rank_1", {}) if RANK == 1 else {}
     job = {key: value for key, value in {**job, **others}.items() if key != "on_rank_1"}
-    name, optimizer, resume = job.pop("name"), job.pop("optimizer"), job.pop("resume", None)
-    nan_at, dies, collectives = job.pop("nan_at", ()), job.pop("dies_at", None), _Collectives()
+    name, optimizer, nan_at = job.pop("name"), job.pop("optimizer"), job.pop("nan_at", ())
     job["data"] = (Stream if job.pop("stream", False) else Rows)(job.pop("size", 96))
     if job.pop("empty_last", False):
         job["collator"] = _EmptyLast(len(job["data"]) // 16)
     if job.pop("counts_items", False):
         job["model"] = Counts
     job["per_device_train_batch_size"] = job.pop("batch", 16) // PROCESSES
-    counts, callbacks = job.pop("counts", False), [collectives] if dies is None else [collectives, _Dies(dies)]
-    with _changed(job):
-        trainer = make_trainer(
-            Path(folder, job.pop("folder", name)), optimizer, callbacks=callbacks, cls=_WithNaN, **job
-        )
-        trainer.nan_at = nan_at
-        with collectives if counts else contextlib.nullcontext():
-            trainer.train(resume_from_checkpoint=resume)
+    counts, collectives = job.pop("counts", False), _Collectives()
+    if job.pop("unregistered", False):
+        hf_nsf.unregister()
+    trainer = make_trainer(Path(folder, name), optimizer, callbacks=[collectives], cls=_WithNaN, **job)
+    trainer.nan_at = nan_at
+    with collectives if counts else contextlib.nullcontext():
+        trainer.train()
+    hf_nsf.register()
     result = {"collectives": collectives.found, "events": trainer.events, "processes": PROCESSES}
     return {**result, **held(trainer), "steps": trainer.state.global_step}
 
