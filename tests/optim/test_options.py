@@ -10,7 +10,7 @@ import torch
 from problems import TORCH, drive, make_parameters, relative_error
 from torch import nn
 
-from hf_nsf import LCAM, NSF
+from hf_nsf import LCAM, NSF, p_schedule
 
 BOTH = [
     ({"lr": -1.0}, "lr=-1.0"), ({"lr": math.nan}, "lr=nan"), ({"lr": math.inf}, "lr=inf"),
@@ -26,9 +26,19 @@ OF_NSF = [
     ({"betas": (1.0, 0.9)}, "betas[0]=1.0"), ({"betas": (0.9, math.nan)}, "betas[1]=nan"),
     ({"betas": 0.9}, "betas=0.9"), ({"betas": (0.9,)}, "betas=(0.9,)"),
     ({"eps": -1e-8}, "eps=-1e-08"), ({"eps": 10**400}, "Invalid eps"),
-    ({"p": math.nan}, "p=nan"), ({"p": "half"}, "p='half'"), ({"p": torch.ones((), device="meta")}, "Invalid p"),
     ({"kahan_sum": "false"}, "kahan_sum='false'"),
     ({"grafting": "big"}, "grafting='big', allowed is adam or none"), ({"grafting": None}, "grafting=None"),
+]  # fmt: skip
+OF_CYCLES = [
+    ({"p": math.nan}, "p=nan"), ({"p": "half"}, "p='half'"), ({"p": torch.ones((), device="meta")}, "Invalid p"),
+    ({"p": True}, "p=True"), ({"p": math.inf}, "p=inf"), ({"p": 3.0}, "p=3.0, allowed is a number from -1 to 1"),
+    ({"p_min": -1.5}, "p_min=-1.5, allowed is a number from -1 to 1"), ({"p_max": 1.5}, "p_max=1.5"),
+    ({"p_min": 1.0, "cycle_steps": 3}, "p_min=1.0"), ({"p": 0.1, "p_min": 0.0}, "p_min=0.0"),
+    ({"p": 0.5, "cycle_steps": 3}, "cycle_steps=3"), ({"cycles": 2, "cycle_steps": 3}, "cycle_steps=3"),
+    ({"cycle_steps": 0}, "cycle_steps=0"), ({"cycle_steps": 1e-300}, "cycle_steps=1e-300"),
+    ({"cycle_steps": "many"}, "cycle_steps='many'"), ({"cycles": -1, "total_steps": 5}, "cycles=-1"),
+    ({"cycles": 1e308, "total_steps": 5}, "cycles=1e+308"),
+    ({"cycle_steps": 3, "cycle_shape": "sine"}, "sine"), ({"cycle_shape": 3}, "cycle_shape=3"),
 ]  # fmt: skip
 OF_LCAM = [
     ({"low_loss_momentum": 1.0}, "low_loss_momentum=1.0"), ({"high_loss_momentum": -0.1}, "high_loss_momentum=-0.1"),
@@ -38,19 +48,25 @@ OF_LCAM = [
     ({"loss_ema_decay": 0.9}, "loss_ema_decay=0.9"),
     ({"loss_average": "ema", "loss_ema_decay": 1}, "loss_ema_decay=1"),
 ]  # fmt: skip
-BAD = [(cls, *case) for cls, cases in ((NSF, BOTH + OF_NSF), (LCAM, BOTH + OF_LCAM)) for case in cases]
+BAD = [(cls, *case) for cls, cases in ((NSF, BOTH + OF_NSF + OF_CYCLES), (LCAM, BOTH + OF_LCAM)) for case in cases]
 
 
 @pytest.mark.parametrize(("cls", "options", "shown"), BAD)
 def test_bad_values_are_refused_and_shown(cls, options, shown):
-    """In the constructor, in one of its groups, and in a group added later; the optimizer then stays unchanged."""
+    """In the constructor, in one of its groups, and in a group added later; the optimizer then stays unchanged.
+
+    Those of a cycle by p_schedule, too.
+    """
     q = nn.Parameter(torch.ones(1))
     optimizer = cls([nn.Parameter(torch.ones(1))])
-    for attempt in (
+    attempts = [
         lambda: cls([q], **options),
         lambda: cls([{"params": [q], **options}]),
         lambda: optimizer.add_param_group({"params": [q], **options}),
-    ):
+    ]
+    if any(options is of_cycle for of_cycle, _ in OF_CYCLES):
+        attempts.append(lambda: p_schedule([0], **options))
+    for attempt in attempts:
         with pytest.raises(ValueError) as error:
             attempt()
         assert shown in str(error.value)

@@ -2,7 +2,6 @@
 """NSF's exponent: the values of each shape, the periods, and that it follows each parameter's own updates."""
 
 import copy
-import math
 import warnings
 
 import pytest
@@ -110,8 +109,9 @@ def test_p_follows_each_parameters_own_updates(path):
 def test_the_total_may_come_later():
     """The Trainer's callback fills it in; without it, cycles mean nothing."""
     optimizer = NSF([parameter()], cycles=2)
-    with pytest.raises(ValueError, match="cycles=2.0 needs total_steps"):
-        optimizer.step()
+    for attempt in (optimizer.step, lambda: p_schedule([0], cycles=2)):
+        with pytest.raises(ValueError, match="cycles=2.0 needs total_steps"):
+            attempt()
     assert optimizer.state_dict()["state"][0]["step"] == 0
     loading = NSF([parameter()], lr=0.0, cycles=2)  # as torch.distributed.checkpoint steps while it loads
     loading.step()
@@ -150,27 +150,3 @@ def test_short_periods_are_warned_of_once():
         warnings.simplefilter("error")
         for options in ({"cycle_steps": 4}, {"p": 0.3}, {"total_steps": 3}):  # the last: nobody has asked for a cycle
             NSF([parameter()], **options).step()
-
-
-BAD = [
-    ({"cycles": 2}, "total_steps"), ({"cycles": 2, "cycle_steps": 3}, "cycle_steps=3"),
-    ({"p": 0.5, "cycle_steps": 3}, "cycle_steps=3"), ({"p": 0.1, "p_min": 0.0}, "p_min=0.0"),
-    ({"p_min": 1.0, "cycle_steps": 3}, "p_min=1.0"), ({"p_max": math.nan}, "p_max=nan"),
-    ({"p_min": -1.5}, "p_min=-1.5, allowed is a number from -1 to 1"), ({"p_max": 1.5}, "p_max=1.5"),
-    ({"p": 3.0}, "p=3.0, allowed is a number from -1 to 1"), ({"p": math.inf}, "p=inf"),
-    ({"cycle_steps": 0}, "cycle_steps=0"), ({"cycles": -1, "total_steps": 5}, "cycles=-1"),
-    ({"cycles": 1e308, "total_steps": 5}, "cycles=1e+308"), ({"cycle_steps": 1e-300}, "cycle_steps=1e-300"),
-    ({"cycle_steps": 3, "cycle_shape": "sine"}, "sine"), ({"cycle_shape": 3}, "cycle_shape=3"),
-    ({"p": True}, "p=True"), ({"cycle_steps": "many"}, "cycle_steps='many'"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("options", "shown"), BAD)
-def test_bad_cycles_are_refused(options, shown):
-    with pytest.raises(ValueError) as error:
-        p_schedule([0], **options)
-    assert shown in str(error.value)
-    if shown != "total_steps":
-        with pytest.raises(ValueError) as error:
-            NSF([parameter()], **options)
-        assert shown in str(error.value)

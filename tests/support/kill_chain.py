@@ -3,7 +3,7 @@
 
 One process imports the libraries and then forks every training (one child per rank), so that a kill costs half a
 second and not ten. A child writes a byte at each step; the parent waits for a random step and a random moment within
-it and sends SIGKILL to some ranks or all, which also hits saves half-way; the others end by themselves. Called as
+it and sends SIGKILL to all ranks or to the last, whose loss ends the others; saves are hit half-way, too. Called as
 
     kill_chain.py FOLDER OPTIMIZER KILLS PROCESSES [STATE_DICT_TYPE]
 
@@ -106,7 +106,7 @@ def main(folder, optimizer, kills, processes, state_dict=None):
             if hit == kills:
                 break
             after, delay = draw.randint(1, 14), draw.uniform(0, SPAN[bool(state_dict)])
-            killed = draw.sample(range(processes), draw.randint(1, processes))
+            killed = range(hit % processes, processes)  # all, or the last alone
             if not run(optimizer, broken, processes, state_dict, after, delay, killed):
                 hit += 1
                 resumed += newest_checkpoint(broken, processes) is not None

@@ -48,9 +48,13 @@ def test_auto_find_batch_size(optimizer, tmp_path):
     check_learning(trainer, updates // 3)
 
 
-def search(folder, space, **options):
-    pytest.importorskip("optuna")
-    seen = []
+def test_optuna_searches_over_optim_and_its_options(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    choices, seen = {"optim": ["lcam", "nsf"], "more": ["", ",foreach=false"]}, []
+
+    def space(trial):
+        optim, more = (trial.suggest_categorical(name, values) for name, values in choices.items())
+        return {**OPTIMIZERS[optim], "optim_args": OPTIMIZERS[optim]["optim_args"] + more}
 
     class Recording(Watched):
         def train(self, *args, **kwargs):
@@ -60,27 +64,11 @@ def search(folder, space, **options):
             return result
 
     trainer = Recording(
-        model_init=lambda trial=None: Averages(), args=arguments(folder, "lcam"), train_dataset=Rows(32),
+        model_init=lambda trial=None: Averages(), args=arguments(tmp_path, "lcam"), train_dataset=Rows(32),
         eval_dataset=Rows(32),
     )  # fmt: skip
-    objective = {"compute_objective": lambda metrics: metrics["eval_loss"], "backend": "optuna"}
-    trainer.hyperparameter_search(hp_space=space, **objective, **options)
-    return seen
-
-
-def test_optuna_searches_over_optim_and_its_options(tmp_path):
-    optuna = pytest.importorskip("optuna")
-    choices = {"optim": ["lcam", "nsf"], "more": ["", ",foreach=false"]}
-
-    def space(trial):
-        optim, more = (trial.suggest_categorical(name, values) for name, values in choices.items())
-        return {**OPTIMIZERS[optim], "optim_args": OPTIMIZERS[optim]["optim_args"] + more}
-
-    seen = search(tmp_path, space, n_trials=4, sampler=optuna.samplers.GridSampler(choices))
+    trainer.hyperparameter_search(
+        hp_space=space, compute_objective=lambda metrics: metrics["eval_loss"], backend="optuna", n_trials=4,
+        sampler=optuna.samplers.GridSampler(choices),
+    )  # fmt: skip
     assert sorted(seen) == [("lcam", False), ("lcam", True), ("nsf", False), ("nsf", True)]
-
-
-def test_a_search_with_one_string_for_both_is_refused_in_one_sentence(tmp_path):
-    """The space above has a string for each optimizer."""
-    with pytest.raises(ValueError, match="optim=nsf has no option 'low_loss_momentum'"):
-        search(tmp_path, lambda trial: {"optim": trial.suggest_categorical("optim", ["nsf"])}, n_trials=1)

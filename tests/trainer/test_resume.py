@@ -42,6 +42,8 @@ RUNS = {
     "with more epochs": ("nsf", CYCLE, {"num_train_epochs": 2}, (11, 22)),
     "with more epochs, lcam": ("lcam", {}, {"num_train_epochs": 2}, (22,)),
     "an optimizer passed as an object": (given, {}, {}, (15,)),
+    "bfloat16 autocast": ("lcam", {"bf16": True}, {}, (13,)),
+    "bfloat16 autocast, nsf": ("nsf", {"bf16": True}, {}, (13,)),
 }
 
 
