@@ -129,6 +129,29 @@ def test_a_users_triton_interpreter_is_not_ours(monkeypatch):
 
 
 @needs_numba
+def test_power_is_as_exact_as_float32_allows():
+    import numba
+    import numpy as np
+
+    from hf_nsf.optim.kernels import cpu
+
+    @numba.njit
+    def powers(x, n, c, out):
+        for i in range(x.size):
+            out[i] = cpu._power(x[i], n, c)
+
+    for exponent in (-1.0, -0.5, 0.1, 0.8, 1.5, 2.0, 3.0):
+        reach = 2.0 ** (114 / max(1, abs(exponent)))
+        low, high = np.array([1 / reach, reach], np.float32).view(np.int32)
+        numbers = cpu.Numbers(*[np.float32(0)] * 8, False, low, high)
+        x = np.concatenate(([0, 1e-38, 1e38], np.logspace(-34, 34, 20_001))).astype(np.float32)
+        out = np.empty_like(x)
+        powers(x, numbers, cpu.power_of(exponent), out)
+        exact = x.clip(*np.array([1 / reach, reach], np.float32)).astype(np.float64) ** exponent
+        assert np.abs(out / exact - 1).max() < 6e-7, exponent
+
+
+@needs_numba
 @pytest.mark.parametrize("lr", [0.0, 2.0**-9, 2.0**-25, 0.1, 3e-8, 17.0])
 def test_every_bfloat16_is_rounded_as_torch_rounds_it(lr):
     """With these options a step is lr to the last bit. All values: subnormal, infinite and NaN ones too."""

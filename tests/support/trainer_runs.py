@@ -5,6 +5,7 @@ import atexit
 import gc
 import os
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
@@ -219,11 +220,14 @@ def by_the_rule(events, inside_epoch=False, momentum=HIGH, mean=(0.0, 0), most=0
     return found, (momentum, (total, count), most)
 
 
-def check_rule(trainer, **state):
-    """Every update of a run had the momentum that the rule gives, and both momenta occurred."""
-    expected, _ = by_the_rule(trainer.events, **state)
+def check_rule(trainer, decay=None):
+    """Every update of a run had the momentum that the rule gives, both occurred, and the last mean is the rule's."""
+    expected, (_, (total, count), _) = by_the_rule(trainer.events, decay=decay)
     assert used(trainer.events) == expected
     assert set(expected) == {LOW, HIGH}
+    group = trainer.optimizer.optimizer.param_groups[0]
+    mean = total / count if decay is None else total
+    assert (group["loss_mean"], group["loss_count"]) == (pytest.approx(mean, rel=1e-12), count)
 
 
 def train_logs(trainer):
