@@ -4,6 +4,7 @@
 import pytest
 from forks import SUPPORT, run_checked
 from problems import TORCH
+from sharded_worker import CASES
 
 pytestmark = pytest.mark.skipif(
     TORCH < (2, 9),
@@ -13,23 +14,10 @@ pytestmark = pytest.mark.skipif(
 FEW = ["nsf", "nsf none", "nsf bfloat16", "lcam"]
 
 
-def launch(*arguments):
-    """Run the worker; return the cases that it passed."""
-    lines = run_checked(SUPPORT / "sharded_worker.py", *arguments).splitlines()
-    return [line.removeprefix("passed: ") for line in lines if line.startswith("passed")]
-
-
-def test_sharded_training_is_whole_training_with_one_collective_a_step():
-    assert launch("2", "--cases", *FEW) == FEW
-
-
-@pytest.mark.slow
-def test_sharded_training_with_every_path_and_checkpoints_of_fewer_processes():
-    found = launch("2", "4")
-    assert len(found) == 2 * len(set(found)) and set(found) > set(FEW)
-
-
-@pytest.mark.slow
-def test_a_sharded_run_goes_on_with_fewer_processes():
-    cases = ["nsf", "nsf none", "lcam"]
-    assert launch("4", "2", "--cases", *cases) == 2 * cases
+@pytest.mark.parametrize(
+    ("processes", "cases"),
+    [(2, FEW), *(pytest.param(processes, list(CASES), marks=pytest.mark.slow) for processes in (2, 4))],
+)
+def test_sharded_steps_are_whole_steps_with_one_collective_each(processes, cases):
+    printed = run_checked(SUPPORT / "sharded_worker.py", processes, "--cases", *cases)
+    assert [line.removeprefix("passed: ") for line in printed.splitlines() if line.startswith("passed")] == cases

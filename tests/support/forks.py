@@ -35,7 +35,7 @@ def run_checked(*arguments, **options) -> str:
     return done.stdout
 
 
-def launch(script: str, jobs: list[dict], folder: str | Path, launcher="torchrun", processes=2):
+def launch(script: str, jobs: list[dict], folder: str | Path, launcher="torchrun", processes=2, **options):
     """Run a script of this folder under a launcher, by a JSON file of jobs; its finished process, and their results.
 
     These are what each rank saved, {job: [rank 0, rank 1, ...]}, or {} if the launcher failed.
@@ -47,7 +47,8 @@ def launch(script: str, jobs: list[dict], folder: str | Path, launcher="torchrun
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}", "--num_machines=1",
                        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"],
     }[launcher]  # fmt: skip
-    done = run_python("-m", *command, SUPPORT / script, file, folder, ACCELERATE_USE_CPU="true")
+    options = {"ACCELERATE_USE_CPU": "true", **options}
+    done = run_python("-m", *command, SUPPORT / script, file, folder, **options)
     return done, {} if done.returncode else {job["name"]: load_job(job["name"], folder) for job in jobs}
 
 

@@ -74,7 +74,8 @@ def run_job(job, folder):
     """Make one training; return its end and its events in this process."""
     others = job.get("on_rank_1", {}) if RANK == 1 else {}
     job = {key: value for key, value in {**job, **others}.items() if key != "on_rank_1"}
-    name, optimizer, nan_at = job.pop("name"), job.pop("optimizer"), job.pop("nan_at", ())
+    name, optimizer, resume = job.pop("name"), job.pop("optimizer"), job.pop("resume", None)
+    nan_at = job.pop("nan_at", ())
     job["data"] = (Stream if job.pop("stream", False) else Rows)(job.pop("size", 96))
     if job.pop("empty_last", False):
         job["collator"] = _EmptyLast(len(job["data"]) // 16)
@@ -87,10 +88,13 @@ def run_job(job, folder):
     trainer = make_trainer(Path(folder, name), optimizer, callbacks=[collectives], cls=_WithNaN, **job)
     trainer.nan_at = nan_at
     with collectives if counts else contextlib.nullcontext():
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
     hf_nsf.register()
     result = {"collectives": collectives.found, "events": trainer.events, "processes": PROCESSES}
-    return {**result, **held(trainer), "steps": trainer.state.global_step}
+    engine, inner = type(trainer.model_wrapped).__name__, type(trainer.optimizer.optimizer).__name__
+    result |= {"steps": trainer.state.global_step, "engine": engine, "inner": inner}
+    partitions = [q.detach() for group in trainer.optimizer.param_groups for q in group["params"]]  # of DeepSpeed
+    return {**result, **held(trainer), "partitions": partitions}
 
 
 if __name__ == "__main__":

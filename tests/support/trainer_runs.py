@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_nsf
+from hf_nsf.trainer.callback import unwrap_optimizer
 
 gc.collect()
 gc.freeze()  # the Trainer collects garbage at every start, over all that has been imported
@@ -254,11 +255,11 @@ def check_learning(trainer, part=8):
 
 def held(trainer):
     """All that must be equal after a resume: weights, moments, groups, logged values."""
-    optimizer = trainer.optimizer.optimizer.state_dict()
+    optimizer = unwrap_optimizer(trainer.optimizer)  # whose parameters are others than its state's under ZeRO 3
     return {
         "weights": {name: value.detach().clone() for name, value in trainer.model.state_dict().items()},
-        "state": optimizer["state"],
-        "groups": optimizer["param_groups"],
+        "state": dict(enumerate(optimizer.state.values())),
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         "logs": [{key: entry[key] for key in LOGGED if key in entry} for entry in train_logs(trainer)],
     }
 
