@@ -16,7 +16,7 @@ import sys
 import pytest
 import torch
 from nsf_reference import nsf_reference
-from problems import drive, identical, make_parameters, needs_numba, relative_error, set_gradients
+from problems import drive, identical, make_parameters, needs_numba, relative_error, set_gradients, values
 from torch import nn
 
 from hf_nsf import NSF, p_schedule
@@ -80,13 +80,6 @@ def on_device(name, tensors):
 def parameters(name, dtype=torch.float32):
     """All layouts, but for gaps where kernels are used."""
     return on_device(name, make_parameters(dtype, gaps=name not in MODULES))
-
-
-def values(optimizer, params):
-    """What the parameters stand for: with Kahan sums, more than what they hold."""
-    comps = [optimizer.state[q].get("kahan_comp") for q in params]
-    pairs = zip(params, comps, strict=True)
-    return [(q.detach().double() + (0 if comp is None else comp.double())).cpu() for q, comp in pairs]
 
 
 @functools.cache

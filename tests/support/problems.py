@@ -15,6 +15,8 @@ TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 PATHS = {"default": {}, "foreach": {"foreach": True}, "reference": {"foreach": False}, "fused": {"fused": True}}
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="NSF's fused=True needs numba")
 NSF_PATHS = ["default", "foreach", "reference", pytest.param("fused", marks=needs_numba)]
+NSF_CASES = [pytest.param("nsf", path, marks=needs_numba if path == "fused" else ()) for path in PATHS]
+CASES = [*(("lcam", path) for path in PATHS), *NSF_CASES]
 
 
 def make_nsf(params, **options):
@@ -66,6 +68,13 @@ def relative_error(actual, expected):
     """Largest relative 2-norm of a difference, over tensors."""
     pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(actual, expected, strict=True) if b.numel()]
     return max(((a - b).norm() / b.norm().clamp_min(1e-300)).item() for a, b in pairs)
+
+
+def values(optimizer, params):
+    """What the parameters stand for: with Kahan sums, more than what they hold."""
+    comps = [optimizer.state[q].get("kahan_comp") for q in params]
+    pairs = zip(params, comps, strict=True)
+    return [(q.detach().double() + (0 if comp is None else comp.double())).cpu() for q, comp in pairs]
 
 
 def identical(actual, expected):

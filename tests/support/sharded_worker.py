@@ -6,6 +6,7 @@ import argparse
 import torch
 import torch.distributed as dist
 from forks import fork
+from problems import relative_error, values
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -23,10 +24,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_equal(sharded, plain, what: str, bound: float = 1e-6) -> None:
-    for i, (a, b) in enumerate(zip(sharded, plain, strict=True)):
-        exact = b.detach().double()
-        error = float((whole(a.detach()).double() - exact).norm() / exact.norm())
-        assert error <= bound, f"{what}: tensor {i} differs by {error:.2e}"
+    error = relative_error([whole(tensor.detach()) for tensor in sharded], plain)
+    assert error <= bound, f"{what}: a tensor differs by {error:.2e}"
 
 
 def step_counted(optimizer, mesh, partial_sums: int) -> None:
@@ -75,13 +74,6 @@ def distribute(value: torch.Tensor, mesh, placements) -> torch.Tensor:
             others = local - 1 if place.reduce_op == "max" else torch.zeros_like(local)
             local = torch.where(index % mesh.size(dim) == mesh.get_local_rank(dim), local, others)
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
-
-
-def values(optimizer, params) -> list[torch.Tensor]:
-    """Whole parameters with their Kahan sums."""
-    comps = [optimizer.state[q].get("kahan_comp") for q in params]
-    pairs = zip(params, comps, strict=True)
-    return [whole(q.detach()).double() + (0 if comp is None else whole(comp).double()) for q, comp in pairs]
 
 
 def lockstep(mesh, make, dtype: torch.dtype) -> None:

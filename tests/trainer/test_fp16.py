@@ -5,12 +5,10 @@ import copy
 
 import pytest
 import torch
-from problems import PATHS, needs_numba
+from problems import CASES, PATHS
 from trainer_runs import held, make_trainer, same
 from transformers import TrainerCallback
 
-CASES = [("lcam", path) for path in PATHS]
-CASES += [pytest.param("nsf", path, marks=needs_numba if path == "fused" else ()) for path in PATHS]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 POISONED = (0, 5)
 
