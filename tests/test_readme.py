@@ -75,7 +75,3 @@ def test_the_options_table_has_every_option():
 def test_links_lead_to_files(page):
     for link in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
         assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
-
-
-def test_ci_calls_the_test_command_of_the_readme():
-    assert "python -m pytest" in (ROOT / ".ci" / "run").read_text() and "python -m pytest" in README

@@ -121,18 +121,15 @@ def test_a_failed_run_of_the_search_is_left_out_and_a_diverged_one_is_the_worst(
         ({"code": -6}, 0.901),  # train_runtime says that training came to its end
         ({"code": -6, "log_history": [{"eval_accuracy": 0.5, "step": 1}]}, "exit code -6"),
         ({"code": -6, "log_history": [], "all_results": {"eval_accuracy": 0.25}}, 0.25),
-        ({"all_results": {"eval_accuracy": None}}, math.nan),
         ({"all_results": {"eval_accuracy": "0.5"}}, math.nan),
         ({"all_results": {"eval_accuracy": True}}, math.nan),
         ({"all_results": {"eval_accuracy": 10**400}}, math.nan),
         ({"all_results": {"eval_loss": math.inf}}, math.nan),
         ({"log_history": [{"loss": math.inf}, {"eval_accuracy": 0.5}]}, math.nan),
-        ({"diverged": True}, math.nan),
         ({"log_history": [{"eval_f1": 1.0}, {"loss": 1}]},
          "--metric eval_accuracy is not among what it reports: eval_f1"),
         ({"log_history": [{"loss": 1, "train_runtime": 1.0}], "code": 1}, "exit code 1"),
         ({"log_history": [{}], "all_results": {}}, "--metric eval_accuracy is not among what it reports: nothing"),
-        ({"failed": "exit code 1"}, "exit code 1"),
     ],
 )  # fmt: skip
 def test_judgement_of_a_result(change, expected):

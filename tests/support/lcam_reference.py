@@ -24,16 +24,6 @@ def train_by_hand(model, loss_function, epochs, low, high, lr, **sgd_options):
     return momenta, losses
 
 
-def momenta_from_losses(epochs, low, high):
-    """The momentum USED at each update, from `epochs`, a list of lists of losses."""
-    used, momentum = [], high
-    for losses in epochs:
-        for i, loss in enumerate(losses):
-            used.append(momentum)
-            momentum = low if loss < sum(losses[: i + 1]) / (i + 1) else high
-    return used, momentum
-
-
 def sgd_by_formula(theta, grads, momenta, lr, weight_decay=0.0):
     """`buf <- mu buf + (g + lambda theta)`, `theta <- theta - eta buf` for one number."""
     buf = 0.0

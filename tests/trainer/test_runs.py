@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from lcam_reference import momenta_from_losses
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from trainer_runs import (
@@ -16,6 +15,7 @@ from trainer_runs import (
     Rows,
     Watched,
     arguments,
+    by_the_rule,
     check,
     check_learning,
     check_rule,
@@ -112,8 +112,11 @@ def test_the_loss_used_is_the_loss_logged(case, tmp_path, warned):
     trainer = make_trainer(tmp_path, cls=cls, extra=extra, **changes)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
-    losses = [entry["embedding_loss" if cls is Renames else "loss"] for entry in logs]
-    expected, _ = momenta_from_losses([losses[:11], losses[11:22], losses[22:]], LOW, HIGH)
+    events = []
+    for index, entry in enumerate(logs):
+        loss = torch.tensor(entry["embedding_loss" if cls is Renames else "loss"])
+        events += [("epoch", None)] * (index % 11 == 0) + [("loss", loss), ("momentum", None), ("update", 1)]
+    expected, _ = by_the_rule(events)
     assert [entry["lcam_momentum"] for entry in logs] == expected
     assert len(logs) == 33 and set(expected) == {LOW, HIGH} and not warned
 
