@@ -35,6 +35,7 @@ _STYLE: Any = {
     "figure.dpi": 150, "text.parse_math": False, "axes.formatter.useoffset": False, "axes.formatter.limits": (-12, 12),
 }  # fmt: skip
 _NAMES = {"loss": "training loss", "nsf_p": "exponent p", "lcam_momentum": "momentum", "learning_rate": "learning rate"}
+STEPS, SEEDS = "step (updates)", "   ·   means where all seeds logged; bands, bars: standard error"
 _NO_METRICS = ("runtime", "_per_second", "_time")  # endings of other names that start with eval_
 Series = dict[float, float]  # values by step
 
@@ -92,12 +93,7 @@ def plot_runs(
         legend = figure.legend(handles, ["?"] * len(handles), **place)
         for entry, text in zip(legend.get_texts(), texts, strict=False):
             entry.set_text(text)  # as a label, one that starts with _ would be left out
-        bands = (
-            "   ·   means where all seeds logged; bands, bars: standard error"
-            if len(groups) < len(log_histories)
-            else ""
-        )
-        figure.supxlabel(f"step (updates){bands}", fontsize=9)
+        figure.supxlabel(STEPS + SEEDS * (len(groups) < len(log_histories)), fontsize=9)
     return figure
 
 
@@ -114,7 +110,7 @@ def plot_cycle(**options: Any) -> Figure:
         figure = new_figure(7.5, 2.9)
         axis = panels(figure, ["nsf_p"])["nsf_p"]
         axis.plot(steps, values, color=_COLOURS[0])
-        axis.set_xlabel("step (updates)")
+        axis.set_xlabel(STEPS)
     return figure
 
 

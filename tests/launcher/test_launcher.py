@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -24,6 +25,15 @@ SETTINGS = [
     "--output_dir", "out", "--use_cpu", "--num_train_epochs", "1", "--per_device_train_batch_size", "4",
     "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """The launcher resets what Python ignores, for the command in its place."""
+    ignored = {number: signal.getsignal(number) for number in (signal.SIGPIPE, signal.SIGXFSZ)}
+    yield
+    for number, handler in ignored.items():
+        signal.signal(number, handler)
 
 
 def run(*command, cwd, status=0, **environment):
