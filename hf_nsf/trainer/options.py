@@ -49,14 +49,15 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
-def readers_of(optim: str) -> dict[str, tuple[Callable[[str], Any], str]]:
-    """Reader and allowed values of each option of "lcam" or "nsf"."""
-    parameters = inspect.signature(OPTIMIZERS[optim]).parameters
-    return {
-        name: next(reader for kind, reader in _READERS.items() if kind in str(parameter.annotation))
-        for name, parameter in parameters.items()
-        if name not in _SET_ELSEWHERE
-    }
+def readers_of(optim: str) -> dict[str, tuple[Callable[[str], Any], str, bool]]:
+    """Of each option of "lcam" or "nsf": reader, allowed values, whether it may be None."""
+    found = {}
+    for name, parameter in inspect.signature(OPTIMIZERS[optim]).parameters.items():
+        if name not in _SET_ELSEWHERE:
+            annotation = str(parameter.annotation)
+            reader = next(reader for kind, reader in _READERS.items() if kind in annotation)
+            found[name] = (*reader, "None" in annotation)
+    return found
 
 
 def parse_optim_args(optim: str, text: str | None, device: Any = "cpu") -> dict[str, Any]:
@@ -99,8 +100,7 @@ def _parse(optim: str, text: str, device: str) -> dict[str, Any]:
             )
         if key in found:
             raise ValueError(f"Invalid optim_args: {key} is given twice, the second time as {key}={value:.80}.")
-        read, allowed = readers[key]
-        optional = "None" in str(inspect.signature(OPTIMIZERS[optim]).parameters[key].annotation)
+        read, allowed, optional = readers[key]
         try:
             found[key] = None if optional and value in _NULLS else read(value)
         except (KeyError, ValueError):
