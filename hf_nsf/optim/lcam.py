@@ -110,9 +110,8 @@ class LCAM(SGD):
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """Validate the options of a group; return them as plain scalars, with the state of its loss phase."""
     checked = dict(options)
-    check_at_least_zero("lr", options["lr"])
-    if not isinstance(options["lr"], Tensor):
-        checked["lr"] = as_float("lr", options["lr"])
+    lr = check_at_least_zero("lr", options["lr"])
+    checked["lr"] = options["lr"] if isinstance(options["lr"], Tensor) else lr  # a scheduler may write to the tensor
     checked["weight_decay"] = check_at_least_zero("weight_decay", options["weight_decay"])
     for name in _MOMENTA:
         checked[name] = check_unit_interval(name, options[name])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .checks import as_float, check_at_least_zero, check_choice, check_flag, check_paths, check_unit_interval
+from .checks import check_at_least_zero, check_choice, check_flag, check_paths, check_unit_interval
 from .dtensor import grad_shards, is_sharded, sum_over_shards, to_local
 from .kahan import LOW_PRECISION
 from .kernels import EAGER, PLAIN, REFERENCE, TORCH, Implementation, check_fused, choose
@@ -309,9 +309,8 @@ class NSF(Optimizer):
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """Validate the options of a group, and return them as plain scalars."""
     checked = {**options, **check_cycle({name: options[name] for name in CYCLE_OPTIONS})}
-    check_at_least_zero("lr", options["lr"])
-    if not isinstance(options["lr"], Tensor):
-        checked["lr"] = as_float("lr", options["lr"])
+    lr = check_at_least_zero("lr", options["lr"])
+    checked["lr"] = options["lr"] if isinstance(options["lr"], Tensor) else lr  # a scheduler may write to the tensor
     try:
         b1, b2 = options["betas"]
     except (TypeError, ValueError):
