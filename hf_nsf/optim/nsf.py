@@ -20,7 +20,7 @@ from .dtensor import grad_shards, is_sharded, sum_over_shards, to_local
 from .kahan import LOW_PRECISION
 from .kernels import EAGER, PLAIN, REFERENCE, TORCH, Implementation, check_fused, choose
 from .nsf_update import Bucket, Row, Scalars
-from .p_cycle import CYCLE_OPTIONS, check_cycle, lacks_total, p_at, short_period
+from .p_cycle import CYCLE_OPTIONS, EXCLUDED, check_cycle, lacks_total, p_at, short_period
 from .state_dict import load_state
 
 GRAFTINGS = ("adam", "none")
@@ -119,16 +119,13 @@ class NSF(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own options are checked as the constructor's are."""
         if isinstance(param_group, dict):
-            cycle = {name: param_group[name] for name in CYCLE_OPTIONS if param_group.get(name) is not None}
-            options = {**self.defaults, **param_group}
-            if "p" in cycle:  # the group's own constant, or cycle, replaces the constructor's
-                options.update(dict.fromkeys(CYCLE_OPTIONS), **cycle)
-            elif cycle:
-                options["p"] = None
-                for name, other in (("cycles", "cycle_steps"), ("cycle_steps", "cycles")):
-                    if name in cycle and other not in cycle:
-                        options[other] = None
-            param_group = _checked(options)
+            inherited, own = dict(self.defaults), {name for name, value in param_group.items() if value is not None}
+            for name, others in EXCLUDED.items():  # the group's own options replace those that they exclude
+                if name in own:
+                    inherited.update(dict.fromkeys(others))
+                if own.intersection(others):
+                    inherited[name] = None
+            param_group = _checked({**inherited, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

@@ -17,7 +17,7 @@ DEFAULT_CYCLES, DEFAULT_CYCLE_STEPS = 16, 100
 LEAST_P, LARGEST_P, LARGEST_COUNT = -1.0, 1.0, 1e9
 _LEAST_DEFAULT_PERIOD, _LEAST_PERIOD = 8, 4
 CYCLE_OPTIONS = ("p", "p_min", "p_max", "cycle_steps", "cycles", "total_steps", "cycle_shape")
-_EXCLUDED = {"p": ("p_min", "p_max", "cycle_steps", "cycles", "cycle_shape"), "cycle_steps": ("cycles",)}
+EXCLUDED = {"p": ("p_min", "p_max", "cycle_steps", "cycles", "cycle_shape"), "cycle_steps": ("cycles",)}
 
 # Each maps the position phi in [0, 1) within a cycle to the weight of p_max; p_min has the remaining weight.
 _SHAPES: dict[str, Callable[[float], float]] = {
@@ -38,7 +38,7 @@ def check_cycle(options: dict[str, Any]) -> dict[str, Any]:
         ValueError: a value is out of its range, or two options exclude each other.
     """
     found = {name: value for name, value in options.items() if value is not None}
-    for given, excluded in _EXCLUDED.items():
+    for given, excluded in EXCLUDED.items():
         for name in excluded if given in found else ():
             if name in found:
                 raise ValueError(
