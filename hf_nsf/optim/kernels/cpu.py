@@ -243,7 +243,7 @@ def _run(kind: int, bucket: Bucket, factors: np.ndarray) -> np.ndarray:
     threads = min(torch.get_num_threads(), len(shares))
     others = []
     with contextlib.suppress(RuntimeError):  # Python's main thread has ended, and this one does all
-        others += [_pool(threads).submit(take_shares) for _ in range(threads - 1)]
+        others += [_pool().submit(take_shares) for _ in range(threads - 1)]
     take_shares()
     for other in others:
         other.result()
@@ -269,8 +269,8 @@ def whole_step(bucket: Bucket) -> None:
 
 
 @functools.cache
-def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="hf_nsf")
+def _pool() -> concurrent.futures.ThreadPoolExecutor:  # which starts a thread where none is idle
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="hf_nsf")
 
 
 if hasattr(os, "register_at_fork"):
