@@ -112,9 +112,9 @@ class NSF(Optimizer):
 
     def restart_cycle(self) -> None:
         """Begin p's cycle anew with the next step, as in a second training; moments and counters of steps stay."""
-        made = max((float(state["step"]) for state in self.state.values() if "step" in state), default=0.0)
-        for options in (self.defaults, *self.param_groups):
-            options["first_step"] = made
+        made = {param: float(state["step"]) for param, state in self.state.items() if "step" in state}
+        for group in self.param_groups:  # each by its own updates: it may have been frozen, or empty (ZeRO 3)
+            group["first_step"] = max((made.get(param, 0.0) for param in group["params"] or made), default=0.0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own options are checked as the constructor's are."""

@@ -47,7 +47,7 @@ def test_last_p_is_that_of_the_first_group_with_gradients():
 
 
 def test_a_restarted_cycle_is_that_of_a_new_training():
-    """In later groups and after loading, too; the moments and counters stay."""
+    """After loading, too, and for groups that were frozen or come later; the moments and counters stay."""
     cycle = {"cycles": 1.5, "total_steps": 10}
     optimizer = NSF([parameter()], **cycle)
     for _ in range(7):
@@ -59,7 +59,9 @@ def test_a_restarted_cycle_is_that_of_a_new_training():
     for each in (optimizer, loaded):
         used = [each.step() or each.last_p for _ in range(10)]
         assert used == p_schedule(range(10), **cycle) and next(iter(each.state.values()))["step"] == 17
-    assert optimizer.param_groups[1]["first_step"] == 7
+    assert optimizer.param_groups[1]["first_step"] == 0
+    optimizer.restart_cycle()
+    assert [group["first_step"] for group in optimizer.param_groups] == [17, 10]
 
 
 @pytest.mark.parametrize(
