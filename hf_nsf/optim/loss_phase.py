@@ -98,8 +98,9 @@ class LossPhase:
             return
         self._warned = True
         warnings.warn(
-            "LCAM's momentum was changed since its last decision, and the last writer wins: OneCycleLR and CyclicLR "
-            "(unless cycle_momentum=False) and fastai's fit_one_cycle write it at every step.",
+            "LCAM's momentum, or one that it chooses from, was changed since its last decision, and the last writer "
+            "wins: OneCycleLR and CyclicLR (unless cycle_momentum=False) and fastai's fit_one_cycle write the momentum "
+            "at every step.",
             stacklevel=3,
         )
 

@@ -71,7 +71,8 @@ class NSF(Optimizer):
             the next step. None means True; other dtypes have no Kahan sums.
 
     Moments are kept in at least float32, through `load_state_dict` too. The options of a loaded state replace the
-    constructor's, as in torch. Parameters without a gradient are left alone, whatever their dtype.
+    constructor's, as in torch. Parameters without a gradient are left alone, whatever their dtype; a sharded one must
+    have a gradient on all ranks or on none.
 
     Raises:
         ValueError: an option is out of its range, options exclude each other, or no kernels support a parameter with
@@ -111,9 +112,13 @@ class NSF(Optimizer):
         super().__init__(params, {**defaults, "first_step": 0.0})
 
     def restart_cycle(self) -> None:
-        """Begin p's cycle anew with the next step, as in a second training; moments and counters of steps stay."""
+        """Begin p's cycle anew with the next step, as in a second training; moments and counters of steps stay.
+
+        A parameter that has had fewer updates than others of its group goes on from its own number of updates, and
+        begins once more when it has had as many: one that was frozen before begins anew.
+        """
         made = {param: float(state["step"]) for param, state in self.state.items() if "step" in state}
-        for group in self.param_groups:  # each by its own updates: it may have been frozen, or empty (ZeRO 3)
+        for group in self.param_groups:  # it may have been frozen, or be empty (ZeRO 3)
             group["first_step"] = max((made.get(param, 0.0) for param in group["params"] or made), default=0.0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -178,7 +183,9 @@ class NSF(Optimizer):
     @property
     def last_p(self) -> float:
         """Exponent of the last step (of the first group with gradients); before a step of this object, that after 0."""
-        return p_at(0, self.param_groups[0]) if self._last_p is None else self._last_p
+        group = self.param_groups[0]
+        first: float = group["p_max"] if group["p"] is None else group["p"]
+        return first if self._last_p is None else self._last_p
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, each new p would compile it again
     @torch.no_grad()

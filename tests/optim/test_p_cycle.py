@@ -64,6 +64,19 @@ def test_a_restarted_cycle_is_that_of_a_new_training():
     assert [group["first_step"] for group in optimizer.param_groups] == [17, 10]
 
 
+def test_a_restarted_cycle_begins_anew_for_what_was_frozen():
+    """As where a head was trained alone at first."""
+    body, cycle = parameter(), {"cycles": 1.5, "total_steps": 10}
+    gradient, body.grad = body.grad, None
+    optimizer = NSF([body, parameter()], **cycle)
+    for _ in range(10):
+        optimizer.step()
+    optimizer.restart_cycle()
+    body.grad = gradient
+    used = [optimizer.step() or optimizer.last_p for _ in range(10)]
+    assert used == p_schedule(range(10), **cycle) and optimizer.state[body]["step"] == 10
+
+
 @pytest.mark.parametrize(
     ("options", "period"),
     [({}, 100), ({"total_steps": 1600}, 100), ({"total_steps": 64}, 8), ({"total_steps": 16}, 8),
