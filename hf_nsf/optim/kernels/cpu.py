@@ -144,16 +144,15 @@ def _moments(g, m, v, n):  # type: ignore[no-untyped-def]
     # As torch.lerp, exact at both ends: from m for weights below 1/2, else from g.
     from_m = n.one_minus_beta1 < HALF
     weight = n.one_minus_beta1 if from_m else n.one_minus_beta1 - ONE
-    for i in range(len(m)):
-        gradient = _load(g[i]) * n.sign
-        m[i] = (gradient - m[i]) * weight + (m[i] if from_m else gradient)
-        v[i] = v[i] * n.beta2 + gradient * n.one_minus_beta2 * gradient
+    gradient = _load(g) * n.sign
+    return (gradient - m) * weight + (m if from_m else gradient), v * n.beta2 + gradient * n.one_minus_beta2 * gradient
 
 
 @njit(fastmath=SUMS, error_model="numpy", forceinline=True)
-def _squares(m, v, n, c):  # type: ignore[no-untyped-def]
+def _squares(g, m, v, n, c):  # type: ignore[no-untyped-def]
     a_tile = u_tile = ZERO
     for i in range(len(m)):
+        m[i], v[i] = _moments(g[i], m[i], v[i], n)
         a, u = _direction(m[i], v[i], n, c)
         a_tile += a * a
         u_tile += u * u
@@ -202,10 +201,12 @@ def _work(kind, addresses, n, c, factors, owner, lows, lengths, sums, begin, end
         for low in range(lows[j], lows[j] + lengths[j], TILE):
             size = min(TILE, lows[j] + lengths[j] - low)
             m, v = _part(addresses[k, 2], low, size, ZERO), _part(addresses[k, 3], low, size, ZERO)
-            if kind != APPLY:
-                _moments(_part(addresses[k, 1], low, size, like), m, v, n)
+            g = _part(addresses[k, 1], low, size, like)
+            if kind == WHOLE:
+                for i in range(size):
+                    m[i], v[i] = _moments(g[i], m[i], v[i], n)
             if kind == UPDATE:
-                a_square, u_square = _squares(m, v, n, c)
+                a_square, u_square = _squares(g, m, v, n, c)
                 sums[j, 0] += a_square
                 sums[j, 1] += u_square
             else:
