@@ -22,8 +22,17 @@ import hf_nsf  # noqa: F401 (registers the optimizers lcam and nsf)
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
+class PositiveNumbers:
+    """Arguments of which all numbers must be above 0."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and value <= 0:
+                raise ValueError(f"--{name} must be above 0, got {value}.")
+
+
 @dataclass
-class DataTrainingArguments:
+class DataTrainingArguments(PositiveNumbers):
     """Where the data comes from. With none of these, it is embedded."""
 
     dataset_name: str | None = HfArg(default=None, help="A data set of the Hub, or a local folder.")
@@ -81,13 +90,13 @@ def load_splits(
     if "test" in splits and splits["test"].unique("labels") == [-1]:  # hidden, as in GLUE
         del splits["test"]
     if "validation" not in splits:
+        if arguments.validation_share >= 1:
+            raise ValueError(f"--validation_share must be below 1, got {arguments.validation_share}.")
         parts = splits["train"].train_test_split(arguments.validation_share, seed=SPLIT_SEED)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
     splits = DatasetDict({name: splits[name] for name in SPLITS if name in splits})
     for name, split in splits.items():
         limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
-        if limit is not None and limit < 1:
-            raise ValueError(f"A limit of {limit} samples leaves the {name} split empty: give 1 or more.")
         if limit is not None:
             splits[name] = split.shuffle(seed=SPLIT_SEED).select(range(min(limit, len(split))))
     names = splits["train"].features["labels"].names

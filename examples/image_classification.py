@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from classification import DataTrainingArguments, load_splits, train
+from classification import DataTrainingArguments, PositiveNumbers, load_splits, train
 from datasets import Image
 from embedded_data import load_digits_images
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(PositiveNumbers):
     """Which model to train."""
 
     model_name_or_path: str | None = HfArg(default=None, help="Hub name or folder (default: a new wide ResNet).")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from classification import DataTrainingArguments, load_splits, train
+from classification import DataTrainingArguments, PositiveNumbers, load_splits, train
 from embedded_data import load_docstring_sentences
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -36,7 +36,7 @@ LEARNING_RATES = {"sgd": (0.2, 0.03), "adam": (4e-3, 1e-4)}  # for a new model a
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(PositiveNumbers):
     """Which model to train."""
 
     model_name_or_path: str | None = HfArg(default=None, help="Hub name or folder (default: a new small ModernBERT).")

@@ -51,9 +51,10 @@ def check_cycle(options: dict[str, Any]) -> dict[str, Any]:
     for name, default in (("p_min", DEFAULT_P_MIN), ("p_max", DEFAULT_P_MAX)):
         checked[name] = check_within(name, found.get(name, default), LEAST_P, LARGEST_P)
     if checked["p_min"] > checked["p_max"]:
-        raise ValueError(
-            f"Invalid p_min: p_min={checked['p_min']!r} is above p_max={checked['p_max']!r}; allowed is p_min <= p_max."
+        low, high = (
+            f"{name}={checked[name]!r}" + " (the default)" * (name not in found) for name in ("p_min", "p_max")
         )
+        raise ValueError(f"Invalid p_min: {low} is above {high}; allowed is p_min <= p_max.")
     for name in ("cycle_steps", "cycles", "total_steps"):
         if name in found:
             checked[name] = check_within(name, found[name], 1 / LARGEST_COUNT, LARGEST_COUNT)

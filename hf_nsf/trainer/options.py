@@ -93,11 +93,9 @@ def _parse(optim: str, text: str, device: str) -> dict[str, Any]:
         if key in _SET_ELSEWHERE and key in inspect.signature(OPTIMIZERS[optim]).parameters:
             raise ValueError(f"Invalid optim_args: {key}={value:.80} is not allowed here: {_SET_ELSEWHERE[key]}.")
         if key not in readers:
-            near = difflib.get_close_matches(key, readers, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"Invalid optim_args: optim={optim} has no option {key!r:.80} (value {value:.80}), did you mean "
-                f"{near!r}? {form}."
-            )
+            near = "".join(f", did you mean {name!r}?" for name in difflib.get_close_matches(key, readers, n=1)) or ";"
+            where = f"optim={optim} has no option {key!r:.80} (value {value:.80})"
+            raise ValueError(f"Invalid optim_args: {where}{near} {form}.")
         if key in found:
             raise ValueError(f"Invalid optim_args: {key} is given twice, the second time as {key}={value:.80}.")
         read, allowed, optional = readers[key]

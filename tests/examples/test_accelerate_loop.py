@@ -155,7 +155,7 @@ def test_bf16_autocast(tmp_path):
     ("flags", "sentence"),
     [
         ("--mixed_precision fp16", "mixed_precision=fp16 needs a GPU: allowed are no and bf16"),
-        ("--optim_args p_min=0.7", "p_min=0.7 is above p_max=0.5"),
+        ("--optim_args p_min=0.7", "p_min=0.7 is above p_max=0.5 (the default)"),
         ("--optim lcam --optim_args low_loss_momentum=2", "allowed is a number in [0, 1)"),
         ("--learning_rate -1", "lr=-1.0"),
         ("--gradient_accumulation_steps 0", "gradient_accumulation_steps=0 is not allowed: give 1 or more"),

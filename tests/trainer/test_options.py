@@ -37,7 +37,7 @@ BAD = [
     ("lcam", "weight_decay=0.1", ["set weight_decay in TrainingArguments"]),
     ("nsf", "total_steps=100", ["total_steps=100", "the Trainer sets it"]),
     ("lcam", "maximize=true", ["maximize=true", "minimizes"]),
-    ("lcam", "eps=1e-6", ["'eps'", "did you mean"]),
+    ("lcam", "eps=1e-6", ["'eps' (value 1e-6); allowed is"]),
     ("lcam", "kahan_sum=true", ["optim=lcam has no option 'kahan_sum'"]),
     # Form.
     ("nsf", "p", ["'p'", "key=value"]),
