@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two optimizers, and what their momentum and exponent follow. This package knows torch only."""
+"""The two optimizers, and the rules that set the momentum and the exponent. Needs torch only."""
 
 from .lcam import LCAM
 from .loss_phase import LossPhase
