@@ -257,11 +257,14 @@ def draw(panels: dict[str, Any]) -> Any:
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     for (title, panel), (curves, finals) in zip(panels.items(), axes, strict=True):
         rates, rate = panel["rates"], panel["drawn_rate"]
-        for method, color, dash, width in zip(panel["methods"].values(), COLORS, DASHES, WIDTHS, strict=True):
+        for k, (method, color, dash, width) in enumerate(
+            zip(panel["methods"].values(), COLORS, DASHES, WIDTHS, strict=True)
+        ):
             style = {"color": color, "linestyle": dash, "linewidth": width, "label": method["name"]}
             curve = method["curves"][rates.index(rate)]
             curves.plot(range(1, 1 + len(curve)), curve, **style)
-            finals.errorbar(rates, *method["test_accuracy"], capsize=3, marker="o", markersize=4, **style)
+            beside = [each * 1.02 ** (k - 2.5) for each in rates]  # so that no error bar hides another
+            finals.errorbar(beside, *method["test_accuracy"], capsize=3, marker="o", markersize=4, **style)
         curves.set(title=f"{next(letters)}. {title}, rate {rate:g}", xlabel="epoch", ylabel="test accuracy (%)")
         finals.set(title=f"{next(letters)}. The same, all rates", xlabel="learning rate", ylabel="test accuracy (%)")
         finals.set_xscale("log")
