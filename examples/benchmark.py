@@ -59,7 +59,7 @@ CANDIDATES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "NSF eager none p=0.1": lambda params: NSF(params, p=0.1, foreach=True, grafting="none"),
     "NSF reference p=0.1": lambda params: NSF(params, p=0.1, foreach=False, fused=False),
 }
-TRAININGS = ("adamw_torch_fused", "nsf", "nsf grafting=none", "sgd", "lcam")  # optim and optim_args
+TRAININGS = ("adamw_torch_fused", "nsf", "nsf grafting=none", "nsf foreach=true", "sgd", "lcam")  # optim and optim_args
 
 
 def steps(name: str, dtype: str, device: str, repeats: int) -> list[dict[str, Any]]:
@@ -149,6 +149,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=positive, default=20, help="steps of each candidate (default: 20)")
     parser.add_argument("--rounds", type=positive, default=5, help="trainings of each optimizer (default: 5)")
     options = parser.parse_args(args)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch finds no such device")
     results = {}
     if "steps" in options.parts:
         for dtype, name in itertools.product(options.dtypes, options.shapes):
