@@ -17,11 +17,10 @@ from torch.optim import Optimizer
 
 from .checks import check_at_least_zero, check_choice, check_flag, check_paths, check_unit_interval
 from .dtensor import grad_shards, is_sharded, sum_over_shards, to_local
-from .kahan import LOW_PRECISION
 from .kernels import EAGER, PLAIN, REFERENCE, TORCH, Implementation, check_fused, choose
 from .nsf_update import Bucket, Row, Scalars
 from .p_cycle import CYCLE_OPTIONS, EXCLUDED, check_cycle, lacks_total, p_at, short_period
-from .state_dict import load_state
+from .state_dict import LOW_PRECISION, load_state
 
 GRAFTINGS = ("adam", "none")
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -25,8 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kahan import kahan_round, kahan_value
-
 PIECE = 1 << 18  # elements; on a CPU the pieces of a step stay in cache
 UNIT = 32.0  # of d in u: leaves room on both sides for gradients from 1e-8 to 1e12
 
@@ -276,12 +274,21 @@ def _squares(x: list[Tensor], exact: torch.dtype) -> Tensor:
 
 
 def _move(theta: list[Tensor], comps: list[list[Tensor]], u: list[Tensor], rate: float, s: Scalars) -> None:
-    """`theta <- (1 - eta lambda) theta - rate u`, as a Kahan sum if there are `comps`."""
-    values = theta
-    if theta[0].dtype != u[0].dtype:
-        values = kahan_value(theta, comps[0] if comps else None, u[0].dtype)
+    """`theta <- (1 - eta lambda) theta - rate u`, rounded once if theta is bfloat16 or float16.
+
+    Rounding loses steps of relative size below 2^-9 in bfloat16. `comps`, if there are any, keep the rounding errors,
+    which are added at the next step (Kahan sums). Stochastic rounding would need no state, but random numbers.
+    """
+    values, dtype = theta, u[0].dtype
+    if theta[0].dtype != dtype:
+        values = [param.to(dtype) for param in theta]
+        for comp in comps:
+            torch._foreach_add_(values, [error.to(dtype) for error in comp])
     if s.decay_factor != 1:
         torch._foreach_mul_(values, s.decay_factor)
     torch._foreach_add_(values, u, alpha=-rate)
     if values is not theta:
-        kahan_round(theta, comps[0] if comps else None, values)
+        torch._foreach_copy_(theta, values)
+        for comp in comps:
+            torch._foreach_sub_(values, [param.to(dtype) for param in theta])
+            torch._foreach_copy_(comp, values)

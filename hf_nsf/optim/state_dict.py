@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .kahan import LOW_PRECISION
-
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Options of several optimizers: FSDP2 adds the options of the optimizer that saved a full checkpoint to ours.
 _OPTIONS = {"grafting", "low_loss_momentum", "betas", "amsgrad", "dampening"}
 
