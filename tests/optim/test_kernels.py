@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels prove themselves before they are used; numba's arithmetic, threads and cache."""
 
+import concurrent.futures
 import importlib.util
 import os
 import subprocess
@@ -179,6 +180,21 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch):
         optimizer.step()
         os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+@needs_numba
+def test_buckets_of_all_sizes_share_one_pool_of_threads(monkeypatch):
+    from hf_nsf.optim.kernels import cpu
+
+    made, executor = [], concurrent.futures.ThreadPoolExecutor
+    monkeypatch.setattr(concurrent.futures, "ThreadPoolExecutor", lambda *a, **k: made.append(a) or executor(*a, **k))
+    monkeypatch.setattr(cpu, "CHUNK", 4)
+    monkeypatch.setattr(cpu, "SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    cpu._pool.cache_clear()
+    for copies in (1, 2):
+        NSF([parameter() for _ in range(copies)], p=0.1, fused=True).step()
+    assert len(made) == 1
 
 
 @needs_numba

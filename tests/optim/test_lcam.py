@@ -203,7 +203,7 @@ def test_other_writers_of_the_momentum_are_warned_of_once(options):
             optimizer.param_groups[1]["momentum"] = 0.123
             phase.step(1.0)
     (warning,) = seen
-    assert "was changed since its last decision" in str(warning.message)
+    assert "LCAM's momentum, or one that it chooses from, was changed since its last decision" in str(warning.message)
     assert warning.filename == __file__
 
 

@@ -44,6 +44,7 @@ def test_last_p_is_that_of_the_first_group_with_gradients():
     optimizer = NSF([{"params": [nn.Parameter(torch.ones(1))]}, {"params": [parameter()], "p_min": -0.5}])
     used = [optimizer.step() or optimizer.last_p for _ in range(60)]
     assert used == p_schedule(range(60), p_min=-0.5)
+    assert NSF([parameter()], cycles=4).last_p == 0.5  # before a Trainer has set total_steps
 
 
 def test_a_restarted_cycle_is_that_of_a_new_training():
@@ -150,8 +151,9 @@ def test_groups_have_cycles_of_their_own():
     optimizer.add_param_group({"params": [parameter()], **table[-1][0]})
     for group, (_, expected) in zip(optimizer.param_groups, table, strict=True):
         assert tuple(group[name] for name in names) == expected
-    constant = NSF([{"params": [parameter()], "cycle_steps": 5}, {"params": [parameter()]}], p=0.2)
-    assert [(group["p"], group["cycle_steps"]) for group in constant.param_groups] == [(None, 5), (0.2, None)]
+    constant = NSF([{"params": [parameter()], **own} for own in ({"cycle_steps": 5}, {}, {"total_steps": 9})], p=0.2)
+    found = [(group["p"], group["cycle_steps"]) for group in constant.param_groups]
+    assert found == [(None, 5), (0.2, None), (0.2, None)]
 
 
 def test_short_periods_are_warned_of_once():
