@@ -113,11 +113,11 @@ class NSF(Optimizer):
     def restart_cycle(self) -> None:
         """Begin p's cycle anew with the next step, as in a second training; moments and counters of steps stay.
 
-        A parameter that has had fewer updates than others of its group goes on from its own number of updates, and
-        begins once more when it has had as many: one that was frozen before begins anew.
+        For a parameter with fewer updates than others of its group, p follows its own number of updates until it has as
+        many, so that one that was frozen before the restart begins the cycle anew.
         """
         made = {param: float(state["step"]) for param, state in self.state.items() if "step" in state}
-        for group in self.param_groups:  # it may have been frozen, or be empty (ZeRO 3)
+        for group in self.param_groups:  # those of ZeRO 3 are empty
             group["first_step"] = max((made.get(param, 0.0) for param in group["params"] or made), default=0.0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

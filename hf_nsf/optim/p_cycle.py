@@ -94,7 +94,7 @@ def p_at(k: float, options: dict[str, Any]) -> float:
         return p if LEAST_P <= p <= LARGEST_P else check_within("p", p, LEAST_P, LARGEST_P)
     steps, cycles = _steps_and_cycles(options)
     first = options.get("first_step", 0.0)
-    k = k - first if k >= first else k  # one that was frozen until the cycle was restarted has few updates
+    k = k - first if k >= first else k  # fewer where it was frozen before the restart
     # k mod (steps / cycles) would be rounded, which puts some k at the end of a cycle instead of its beginning.
     weight = _SHAPES[options["cycle_shape"]](k * cycles % steps / steps)
     low, high = options["p_min"], options["p_max"]

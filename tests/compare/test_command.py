@@ -22,7 +22,7 @@ REFUSED = {
     "--start_lr nsf=0 -- -m x": "nsf: 0 is not a finite number above 0",
     "--adam_lr nan -- -m x": "adam_lr: nan is not a finite number above 0",
     "--seeds 0 -- -m x": "seeds: 0 is not a finite number above 0",
-    "--max_learning_rates 2 -- -m x": "max_learning_rates: 2 is below 3 rates",
+    "--max_learning_rates 2 -- -m x": "--max_learning_rates 2 is below --learning_rates",
     "'' -- -m x": "one of --optims has no name",
     "--factor 1.0001 -- -m x": "--factor must be at least 1.01, got 1.0001",
     "--launcher 'no_such_program -m' -- -m x": "no program for --launcher no_such_program -m",

@@ -63,7 +63,7 @@ def choose(group: dict[str, Any], s: Scalars, row: Row) -> Implementation:
     if foreach or fused is False:
         return EAGER
     param, grad, *states = row
-    why = "they take tensors without gaps in memory, with a gradient of their dtype, and state, of the same layout"
+    why = "they take tensors without gaps in memory, a gradient of their dtype, and gradient and state of their layout"
     if grad.dtype == param.dtype and same_dense_layout(param, grad, *states):
         # torch's kernel divides 0 by 0 with eps = 0.
         if s.p == 0.5 and s.eps > 0 and param.is_cpu and param.dtype in (torch.float32, torch.float64):
