@@ -3,7 +3,7 @@
 
     python examples/direction_and_length.py --output_dir out      # topics of docstrings, a small network
     python examples/direction_and_length.py --output_dir out --train_file train.parquet --test_file test.parquet \
-        --epochs 16 --nsf_rates 0.003 0.01 --lcam_rates 0.03 0.1 --bf16     # images, such as CIFAR-10
+        --epochs 16 --nsf_rates 0.003 0.01 --lcam_rates 0.03 0.1     # images, such as CIFAR-10
 
 Of a tensor, a = m / (sqrt(v) + eps) is Adam's step and r = m / (v^p + eps) that of NSF's paper (arXiv 2509.04713).
 AdamW has direction and length of a, the paper's formula those of r, and grafting="adam" r's direction with a's length;
@@ -63,7 +63,7 @@ VARIED = ("both", "length", "direction")  # of each variant: an end of p's cycle
 PAIRS = [(0.9, 0.95), (0.95, 0.9)]
 CYCLES = 3.5  # of p and of the cyclic rate: both end at their lowest
 LAST = {"nsf": 2, "lcam": 4}  # epochs of the final mean. p falls to its end in two of 16; SGD swings between epochs
-BATCH, IMAGE_SIZE, TRAIN_IMAGES, TEST_IMAGES, WORDS = 64, 24, 5000, 2000, 2000
+BATCH, IMAGE_SIZE, TRAIN_IMAGES, TEST_IMAGES, WORDS = 64, 24, 5000, 2000, 1000
 
 
 class DirectionAndLength(torch.optim.Optimizer):
@@ -88,10 +88,11 @@ class DirectionAndLength(torch.optim.Optimizer):
                 state["step"] += 1
                 m = state["exp_avg"].lerp_(param.grad, 1 - beta1) / (1 - beta1 ** state["step"])
                 v = state["exp_avg_sq"].lerp_(param.grad.square(), 1 - beta2) / (1 - beta2 ** state["step"])
-                steps = {"adam": m / (v.sqrt() + eps), "nsf": m / (v**p + eps)}
-                step = steps[self.direction]
+                exponents = {"adam": 0.5, "nsf": p}
+                step = m / (v ** exponents[self.direction] + eps)
                 if self.length != self.direction:
-                    step = step * (steps[self.length].norm() / step.norm().clamp(min=1e-30))  # 0 where all is 0
+                    other = m / (v ** exponents[self.length] + eps)
+                    step = step * (other.norm() / step.norm().clamp(min=1e-30))  # 0 where all is 0
                 param.sub_(step * group["lr"])
 
 
